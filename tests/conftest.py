@@ -1,0 +1,63 @@
+"""The suite talks to a Hub of its own, started here because huggingface_hub reads HF_ENDPOINT on its first import."""
+import atexit
+import os
+import tempfile
+from pathlib import Path
+
+from hub_server import HubServer
+
+_scratch = tempfile.TemporaryDirectory(prefix='timm-densese-tests-')
+atexit.register(_scratch.cleanup)
+_server = HubServer(Path(_scratch.name) / 'hub')
+_server.root.mkdir()
+_running = _server.running()
+_running.__enter__()
+atexit.register(_running.__exit__, None, None, None)
+os.environ['HF_ENDPOINT'] = _server.endpoint
+os.environ['HF_HOME'] = str(Path(_scratch.name) / 'home')
+os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
+
+import pytest  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+
+import timm_densese  # noqa: E402, F401
+
+MODELS = ('se_densenet121', 'se_densenet161', 'se_densenet169', 'se_densenet201', 'se_densenet264d',
+          'se_densenetblur121d')
+# A DenseNet small enough for float64 and compilers.
+SMALL = dict(growth_rate=8, block_config=(2, 3, 2))
+
+
+@pytest.fixture(scope='session')
+def hub() -> HubServer:
+    return _server
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def trained_densenet(name: str, **kwargs) -> torch.nn.Module:
+    """A DenseNet with the statistics of a trained one: every norm fitted to its input, some variances near zero."""
+    model = timm.create_model(name, **kwargs)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                # The variance of these channels is far under the norms' eps (1e-5), which then sets their scale.
+                module.weight[::5] *= 1e-3
+        for norm in norms:
+            norm.weight.uniform_(.5, 1.5)
+            norm.bias.normal_(0, .2)
+            norm.momentum = None  # average of the batches
+        model.train()
+        model(torch.randn(4, model.in_chans, 64, 64, dtype=norms[0].weight.dtype))
+        for norm in norms:
+            norm.momentum = .1
+    return model.eval()
+
+
+def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((output - expected).norm() / expected.norm()).item()

@@ -1,0 +1,8 @@
+"""SE-DenseNet for timm. Importing this package registers the models with `timm.create_model`."""
+from .attention import ATTN_LAYERS, GATE_LAYERS, add_attention
+from .se_densenet import SE_PLACEMENTS, SEDenseNet
+from .transfer import CheckpointMismatchError
+
+__version__ = '0.1.0'
+
+__all__ = ['ATTN_LAYERS', 'GATE_LAYERS', 'SE_PLACEMENTS', 'CheckpointMismatchError', 'SEDenseNet', 'add_attention']
