@@ -11,9 +11,6 @@ __all__ = ['SEDenseLayer']
 
 class SEDenseLayer(densenet.DenseLayer):
     """timm's dense layer with an attention on its new features, before they join the concatenation."""
-    norm2: nn.Module
-    conv2: nn.Module
-    se: nn.Module
 
     def __init__(self, layer: densenet.DenseLayer, se: nn.Module) -> None:
         """Take over a layer.
@@ -45,7 +42,7 @@ class SEDenseLayer(densenet.DenseLayer):
             bottleneck_output = self.call_checkpoint_bottleneck(features)
         else:
             bottleneck_output = self.bottleneck_fn(features)
-        new_features = self.se(self.conv2(self.norm2(bottleneck_output)))
+        new_features = self.se(self.conv2(self.norm2(bottleneck_output)))  # type: ignore[operator]
         if self.drop_rate > 0:
             new_features = F.dropout(new_features, p=self.drop_rate, training=self.training)
         return new_features

@@ -1,12 +1,12 @@
 """The embedded fine-tuning loop, built from timm's parts."""
 import torch
 import torch.nn as nn
-from huggingface_hub.utils import tqdm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.task import ClassificationTask
 from timm.utils import AverageMeter, accuracy
 from torch.utils.data import DataLoader
+from tqdm import tqdm  # comes with huggingface_hub
 
 __all__ = ['evaluate', 'fine_tune']
 
