@@ -18,6 +18,7 @@ os.environ['HF_HOME'] = str(Path(_scratch.name) / 'home')
 os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
 
 import pytest  # noqa: E402
+import safetensors.torch  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 
@@ -61,3 +62,10 @@ def trained_densenet(name: str, **kwargs) -> torch.nn.Module:
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     return ((output - expected).norm() / expected.norm()).item()
+
+
+def put_on_hub(hub: HubServer, repo_id: str, model: torch.nn.Module) -> None:
+    """Give a repository the file that timm's have."""
+    repo = hub.root / repo_id
+    repo.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(model.state_dict(), repo / 'model.safetensors')

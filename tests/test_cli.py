@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import timm
+from conftest import put_on_hub
 from PIL import Image
 
 from timm_densese.data import generate_images, hold_out, patient_of
@@ -30,9 +30,7 @@ def test_readme_table_is_what_the_command_prints():
 
 def test_readme_python_runs_as_printed(hub, tmp_path, monkeypatch):
     for tag in ('ra_in1k', 'tv_in1k'):
-        repo = hub.root / 'timm' / f'densenet121.{tag}'
-        repo.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(timm.create_model('densenet121').state_dict(), repo / 'model.safetensors')
+        put_on_hub(hub, f'timm/densenet121.{tag}', timm.create_model('densenet121'))
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)

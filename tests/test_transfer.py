@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import MODELS, SMALL, relative_error, trained_densenet
+from conftest import MODELS, SMALL, put_on_hub, relative_error, trained_densenet
 
 import timm_densese
 from timm_densese import ATTN_LAYERS, SE_PLACEMENTS, CheckpointMismatchError
@@ -154,13 +154,12 @@ def torchvision_names(state_dict):
 def test_pretrained_downloads_the_densenet_from_the_hub(tag, hub):
     name, tag = tag.split('.')
     densenet = trained_densenet(name[len('se_'):])
-    repo = hub.root / 'timm' / f'{name[len("se_"):]}.{tag}'
-    repo.mkdir(parents=True)
-    safetensors.torch.save_file(densenet.state_dict(), repo / 'model.safetensors')
+    repo = f'timm/{name[len("se_"):]}.{tag}'
+    put_on_hub(hub, repo, densenet)
     image = torch.randn(1, 3, 64, 64)
 
     model = timm.create_model(f'{name}.{tag}', pretrained=True).eval()
-    assert f'GET /timm/{repo.name}/resolve/main/model.safetensors' in hub.requests
+    assert f'GET /{repo}/resolve/main/model.safetensors' in hub.requests
     assert relative_error(model(image), densenet(image)) < 1e-5
 
     # Other classes and channels, as timm adapts them.
@@ -292,9 +291,7 @@ def test_untrained_variant_says_so():
 
 def test_offline_from_a_warm_cache(hub, tmp_path):
     """The README's first use, in a process of its own, which then goes offline."""
-    repo = hub.root / 'timm' / 'densenet121.cache_test'
-    repo.mkdir(parents=True)
-    safetensors.torch.save_file(timm.create_model('densenet121').state_dict(), repo / 'model.safetensors')
+    put_on_hub(hub, 'timm/densenet121.cache_test', timm.create_model('densenet121'))
     code = ('import timm, timm_densese\n'
             'timm.create_model("se_densenet121", pretrained=True, '
             'pretrained_cfg_overlay=dict(hf_hub_id="timm/densenet121.cache_test"))')
