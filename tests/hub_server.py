@@ -1,7 +1,8 @@
 """The part of the Hugging Face Hub's HTTP interface that downloads use, on 127.0.0.1, from a folder.
 
-A repository is a folder `root/OWNER/NAME`; every revision serves the files that are there. Answers carry the headers
-that the real huggingface_hub client needs: the commit, an ETag and the size on HEAD, byte ranges on GET.
+A repository is a folder `root/OWNER/NAME`; every revision serves the files that are there, and a file that changes
+makes a new commit. Answers carry the headers that the real huggingface_hub client needs: the commit, an ETag and the
+size on HEAD, byte ranges on GET.
 """
 import hashlib
 import re
@@ -11,8 +12,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-COMMIT = '0' * 40
 _RESOLVE = re.compile(r'^/(?P<repo>[\w.-]+/[\w.-]+)/resolve/(?P<revision>[^/]+)/(?P<path>[^?]+)')
+
+
+def _commit(repo: Path) -> str:
+    files = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in repo.rglob('*') if p.is_file())
+    return hashlib.sha1(repr(files).encode()).hexdigest()
 
 
 class HubServer(ThreadingHTTPServer):
@@ -59,14 +64,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._error('Repository not found', 'RepoNotFound')
         file = repo / match['path']
         if not file.is_file() or not file.resolve().is_relative_to(repo.resolve()):
-            return self._error('Entry not found', 'EntryNotFound')
+            return self._error('Entry not found', 'EntryNotFound', _commit(repo))
 
         data = file.read_bytes()
         start = int(re.match(r'bytes=(\d+)-', self.headers.get('Range', 'bytes=0-'))[1])
         self.send_response(206 if start else 200)
         if start:
             self.send_header('Content-Range', f'bytes {start}-{len(data) - 1}/{len(data)}')
-        self.send_header('X-Repo-Commit', COMMIT)
+        self.send_header('X-Repo-Commit', _commit(repo))
         self.send_header('ETag', f'"{hashlib.sha256(data).hexdigest()}"')
         self.send_header('Accept-Ranges', 'bytes')
         self.send_header('Content-Length', str(len(data) - start))
@@ -74,12 +79,12 @@ class _Handler(BaseHTTPRequestHandler):
         if with_body:
             self.wfile.write(data[start:])
 
-    def _error(self, message: str, code: str) -> None:
+    def _error(self, message: str, code: str, commit: str = '') -> None:
         self.send_response(404)
         self.send_header('X-Error-Code', code)
         self.send_header('X-Error-Message', message)
-        if code == 'EntryNotFound':
-            self.send_header('X-Repo-Commit', COMMIT)
+        if commit:
+            self.send_header('X-Repo-Commit', commit)
         self.send_header('Content-Length', '0')
         self.end_headers()
 
