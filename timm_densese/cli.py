@@ -1,8 +1,13 @@
 """Command line: argument parsing only, every command is one call into another module."""
 import argparse
 import sys
+import typing
+from dataclasses import fields
 from pathlib import Path
-from typing import List, Optional
+from typing import Any, Dict, List, Optional
+
+import yaml
+from timm.utils import ParseKwargs
 
 from . import __version__
 
@@ -19,30 +24,112 @@ def main(argv: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog='timm-densese', description='SE-DenseNets for timm.')
     parser.add_argument('--version', action='version', version=f'timm-densese {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-
-    models = commands.add_parser('models', help='print the table of models: parameters, GMACs, where attention sits')
-    models.set_defaults(run=_models)
-
-    demo = commands.add_parser('demo', help='fine-tune se_densenet121 for a few minutes, reload it, predict an image')
-    demo.add_argument('--data', type=Path, help='folder with a folder of images a class (default: a generated set)')
-    demo.add_argument('--output', type=Path, default=Path('output/demo'), help='folder to write to (%(default)s)')
-    demo.set_defaults(run=_demo)
-
-    args = parser.parse_args(argv)
+    _add_models(commands)
+    _add_demo(commands)
+    _add_data(commands)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        _add_train(commands, argv)
+        args = parser.parse_args(argv)
         args.run(args)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         print(f'timm-densese: {e}', file=sys.stderr)
         return 1
     return 0
 
 
-# The imports are inside the commands: --help answers at once, and no command needs what only another one uses.
-def _models(args: argparse.Namespace) -> None:
-    from .report import models_table
-    print(models_table())
+# Each command imports what it runs when it runs, so that none needs another's extras.
 
 
-def _demo(args: argparse.Namespace) -> None:
-    from .demo import run_demo
-    run_demo(args.data, args.output)
+def _add_models(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from .report import models_table
+        print(models_table())
+
+    parser = commands.add_parser('models', help='print the table of models: parameters, GMACs, where attention sits')
+    parser.set_defaults(run=run)
+
+
+def _add_demo(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from .demo import run_demo
+        run_demo(args.data, args.output)
+
+    parser = commands.add_parser('demo', help='fine-tune se_densenet121 for a few minutes, reload it, predict an image')
+    parser.add_argument('--data', type=Path, help='folder with a folder of images a class (default: a generated set)')
+    parser.add_argument('--output', type=Path, default=Path('output/demo'), help='folder to write to (%(default)s)')
+    parser.set_defaults(run=run)
+
+
+def _add_data(commands: Any) -> None:
+    def run_msld(args: argparse.Namespace) -> None:
+        from .data import download_msld
+        download_msld(args.out, **({'base_url': args.base_url} if args.base_url else {}))
+
+    def run_split(args: argparse.Namespace) -> None:
+        from .data import split_images
+        split_images(
+            args.src, args.out, args.val, args.test, args.seed, args.folds, args.groups, args.group_regex, args.report)
+
+    parser = commands.add_parser('data', help='get and split image folders')
+    actions = parser.add_subparsers(required=True, metavar='ACTION')
+
+    msld = actions.add_parser('msld', help='download the monkeypox images (research only, never for diagnosis)')
+    msld.add_argument('--out', type=Path, required=True, help='folder to write to')
+    msld.add_argument('--base-url', help='a mirror of the source repository')
+    msld.set_defaults(run=run_msld)
+
+    split = actions.add_parser('split', help='split a folder of class folders, parting no patient and no copies')
+    split.add_argument('src', type=Path, metavar='SRC', help='folder with a folder of images a class')
+    split.add_argument('--out', type=Path, required=True, help='folder to write train/, val/, test/ and split.csv to')
+    split.add_argument('--val', type=float, default=.1, help='share to validate on (%(default)s)')
+    split.add_argument('--test', type=float, default=.2, help='share to test on (%(default)s)')
+    split.add_argument('--seed', type=int, default=0, help='seed (%(default)s)')
+    split.add_argument('--folds', type=int, help='write this many folds, each tested on its own share')
+    split.add_argument('--groups', type=Path, help='CSV with the columns file, and patient or group')
+    split.add_argument('--group-regex', help='pattern whose first group, in the file name, is the patient')
+    split.add_argument('--report', type=Path, help='picture to write of the images that look the same')
+    split.set_defaults(run=run_split)
+
+
+def _add_train(commands: Any, argv: List[str]) -> None:
+    from .training import TrainConfig, train
+
+    def run(args: argparse.Namespace) -> None:
+        options = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
+        train(TrainConfig(**{**options, 'data_dir': args.data or args.data_dir}))
+
+    parser = commands.add_parser(
+        'train', help="fine-tune a model; the option names are those of timm's train.py",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('data', nargs='?', metavar='DIR', help='folder with train/CLASS/ and val/CLASS/')
+    parser.add_argument('-c', '--config', help='YAML file of options, which the command line overrides')
+    short = {'batch_size': '-b', 'validation_batch_size': '-vb', 'workers': '-j'}
+    types = typing.get_type_hints(TrainConfig)
+    for option in fields(TrainConfig):
+        names = [f'--{option.name.replace("_", "-")}', *filter(None, [short.get(option.name)])]
+        default = getattr(TrainConfig(), option.name)
+        kind = types[option.name]
+        how: Dict[str, Any]
+        if kind is bool:
+            how = {'action': argparse.BooleanOptionalAction}
+        elif kind == Dict[str, Any]:
+            how = {'nargs': '*', 'action': ParseKwargs}
+        elif kind == List[float]:
+            how = {'nargs': '+', 'type': float}
+        else:
+            how = {'type': next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))}
+        parser.add_argument(*names, default=default, help=option.metadata['help'], **how)
+    parser.set_defaults(run=run)
+
+    # As timm's train.py does it: the file's values become the defaults.
+    if argv[:1] == ['train']:
+        config_parser = argparse.ArgumentParser(add_help=False)
+        config_parser.add_argument('-c', '--config', type=Path)
+        config = config_parser.parse_known_args(argv[1:])[0].config
+        if config:
+            values = yaml.safe_load(config.read_text())
+            unknown = sorted(set(values) - {option.name for option in fields(TrainConfig)})
+            if unknown:
+                raise ValueError(f'{config}: timm-densese train has no option {", ".join(unknown)}.')
+            parser.set_defaults(**values)
