@@ -10,11 +10,10 @@ import timm
 from conftest import put_on_hub
 from PIL import Image
 
-from timm_densese.data import generate_images, hold_out, patient_of
+from timm_densese.data import generate_images
 from timm_densese.report import models_table
 
 ROOT = Path(__file__).parent.parent
-MSLD = ROOT.parent / 'shared' / 'data' / 'msld'
 
 
 def run(*args, **env) -> subprocess.CompletedProcess:
@@ -66,21 +65,6 @@ def test_demo_needs_two_classes(tmp_path):
     assert result.returncode == 1
     assert "found ['only']" in result.stderr
     assert 'Traceback' not in result.stderr
-
-
-def test_hold_out_parts_no_patient():
-    if not MSLD.is_dir():
-        pytest.skip('the MSLD images are missing: they lie beside the repository, in ../shared/data/msld')
-    paths = sorted(MSLD.glob('*/*.jpg'))
-    labels = [path.parent.name == 'Monkeypox' for path in paths]
-    patients = [patient_of(path) for path in paths]
-    assert len(set(patients)) == 162
-    train, held_out = hold_out(labels, patients, fraction=.2, seed=0)
-    assert (train, held_out) == hold_out(labels, patients, fraction=.2, seed=0)
-    assert sorted(train + held_out) == list(range(len(paths)))
-    assert not {patients[i] for i in train} & {patients[i] for i in held_out}
-    assert abs(len(held_out) / len(paths) - .2) < .03
-    assert abs(sum(labels[i] for i in held_out) / len(held_out) - sum(labels) / len(labels)) < .05
 
 
 def test_generated_images_are_the_same_for_a_seed(tmp_path):

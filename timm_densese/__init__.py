@@ -1,7 +1,7 @@
 """SE-DenseNet for timm. Importing this package registers the models with `timm.create_model`."""
 from .attention import ATTN_LAYERS, GATE_LAYERS, add_attention
+from .errors import CheckpointMismatchError
 from .se_densenet import SE_PLACEMENTS, SEDenseNet
-from .transfer import CheckpointMismatchError
 
 __version__ = '0.1.0'
 

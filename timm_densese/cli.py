@@ -10,6 +10,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from . import __version__
+from .errors import UserError
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -27,12 +28,13 @@ def main(argv: Optional[List[str]] = None) -> int:
     _add_models(commands)
     _add_demo(commands)
     _add_data(commands)
+    _add_run(commands)
     argv = sys.argv[1:] if argv is None else argv
     try:
         _add_train(commands, argv)
         args = parser.parse_args(argv)
         args.run(args)
-    except (ValueError, OSError, RuntimeError) as e:
+    except UserError as e:
         print(f'timm-densese: {e}', file=sys.stderr)
         return 1
     return 0
@@ -92,6 +94,18 @@ def _add_data(commands: Any) -> None:
     split.set_defaults(run=run_split)
 
 
+def _add_run(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from .scripts import run_script
+        run_script(args.script, args.args, args.timm_scripts)
+
+    parser = commands.add_parser('run', help="run one of timm's own scripts with the models registered")
+    parser.add_argument('--timm-scripts', type=Path, metavar='DIR', help='folder of the scripts (or set TIMM_SCRIPTS)')
+    parser.add_argument('script', help='train.py, validate.py, inference.py, benchmark.py, onnx_export.py, ...')
+    parser.add_argument('args', nargs=argparse.REMAINDER, help="the script's arguments")
+    parser.set_defaults(run=run)
+
+
 def _add_train(commands: Any, argv: List[str]) -> None:
     from .training import TrainConfig, train
 
@@ -128,8 +142,10 @@ def _add_train(commands: Any, argv: List[str]) -> None:
         config_parser.add_argument('-c', '--config', type=Path)
         config = config_parser.parse_known_args(argv[1:])[0].config
         if config:
+            if not config.is_file():
+                raise UserError(f'-c {config}: there is no such file.')
             values = yaml.safe_load(config.read_text())
             unknown = sorted(set(values) - {option.name for option in fields(TrainConfig)})
             if unknown:
-                raise ValueError(f'{config}: timm-densese train has no option {", ".join(unknown)}.')
+                raise UserError(f'{config}: timm-densese train has no option {", ".join(unknown)}.')
             parser.set_defaults(**values)

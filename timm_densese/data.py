@@ -24,7 +24,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm  # comes with huggingface_hub
 
-__all__ = ['DownloadError', 'SplitImage', 'download_msld', 'generate_images', 'split_images']
+from .errors import DownloadError, SplitError
+
+__all__ = ['SplitImage', 'download_msld', 'generate_images', 'split_images']
 
 # The MSLD originals, as their manifest in this package lists them.
 _MSLD_URL = 'https://raw.githubusercontent.com/atlan-antillia/EfficientNet-MonkeyPox/' \
@@ -36,10 +38,6 @@ Terms of use: research and education only, non-commercial, never for diagnosis."
 MSLD_PATIENT = r'^(N?M\d+)_\d+'
 
 _ATTEMPTS = 5
-
-
-class DownloadError(OSError):
-    """Files could not be downloaded; those that were stay, and the next run goes on from there."""
 
 
 # Download.
@@ -176,19 +174,19 @@ def split_images(
         The images, in the order of their paths.
 
     Raises:
-        ValueError: The folders or the shares do not allow a split; the message says what was found.
+        SplitError: The folders or the shares do not allow a split; the message says what was found.
     """
     src, out = Path(src), Path(out)
     if groups and group_regex:
-        raise ValueError('Give --groups or --group-regex, not both.')
+        raise SplitError('Give --groups or --group-regex, not both.')
     if not 0 <= val < 1 or not 0 <= test < 1 or val + test >= 1:
-        raise ValueError(f'--val {val} and --test {test} must be shares that leave something to train on.')
+        raise SplitError(f'--val {val} and --test {test} must be shares that leave something to train on.')
     if folds is not None and folds < 2:
-        raise ValueError(f'--folds {folds}: cross-validation takes 2 folds or more.')
+        raise SplitError(f'--folds {folds}: cross-validation takes 2 folds or more.')
     if out.resolve().is_relative_to(src.resolve()):
-        raise ValueError(f'{out} lies inside {src}, where nothing is to be written. Choose another --out.')
+        raise SplitError(f'{out} lies inside {src}, where nothing is to be written. Choose another --out.')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f'{out} exists and is not empty. Remove it or choose another --out.')
+        raise SplitError(f'{out} exists and is not empty. Remove it or choose another --out.')
 
     images = _find_images(src)
     hashes = _fingerprint(images)
@@ -198,7 +196,7 @@ def split_images(
             print(f'left out, not decodable: {image.path} ({image.error})')
     counts = Counter(images[i].label for i in good)
     if len(counts) < 2:
-        raise ValueError(
+        raise SplitError(
             f'{src} must hold a folder of images for each of two or more classes; found {dict(counts)}.')
 
     near = _group([images[i] for i in good], hashes, src, groups, group_regex)
@@ -213,11 +211,11 @@ def split_images(
 
 def _find_images(src: Path) -> List[SplitImage]:
     if not src.is_dir():
-        raise ValueError(f'{src} is not a folder.')
+        raise SplitError(f'{src} is not a folder.')
     labels = sorted(p.name for p in src.iterdir() if p.is_dir() and not p.name.startswith('.'))
     ready = [name for name in labels if name.lower() in ('train', 'training', 'val', 'valid', 'validation', 'test')]
     if ready:
-        raise ValueError(
+        raise SplitError(
             f'{src} holds {", ".join(ready)}: it is split already. Point SRC at a folder of class folders, or merge '
             f'these first: a split made elsewhere may part a patient.')
     return [
@@ -325,17 +323,17 @@ def _patients(
             rows = list(csv.DictReader(file))
         column = next((c for c in ('patient', 'group') if rows and c in rows[0]), None)
         if column is None or 'file' not in rows[0]:
-            raise ValueError(f'{groups} must have the columns file, and patient or group; found {list(rows[:1])}.')
+            raise SplitError(f'{groups} must have the columns file, and patient or group; found {list(rows[:1])}.')
         known = {row['file']: row[column] for row in rows}
         names = [image.path.relative_to(src).as_posix() for image in images]
         lost = [name for name in names if name not in known]
         if lost:
-            raise ValueError(f'{groups} has no row for {len(lost)} images of {src}, the first {lost[0]}.')
+            raise SplitError(f'{groups} has no row for {len(lost)} images of {src}, the first {lost[0]}.')
         return [known[name] for name in names]
     pattern = re.compile(group_regex or MSLD_PATIENT)
     matches = [pattern.search(image.path.name) for image in images]
     if group_regex and not any(matches):
-        raise ValueError(f'--group-regex {group_regex!r} matches no file name of {src}.')
+        raise SplitError(f'--group-regex {group_regex!r} matches no file name of {src}.')
     return [None if m is None else m[1] if pattern.groups else m[0] for m in matches]
 
 
@@ -358,7 +356,7 @@ def _folds(images: Sequence[SplitImage], indices: np.ndarray, count: int, seed: 
     for label in np.unique(labels):
         found = len(np.unique(groups[labels == label]))
         if found < count:
-            raise ValueError(
+            raise SplitError(
                 f'Class {label} has {found} groups of images, too few for {count} parts that share none. Use fewer '
                 f'folds, larger --val and --test shares, or 0 for one of them.')
     folds = StratifiedGroupKFold(n_splits=count, shuffle=True, random_state=seed)

@@ -40,7 +40,7 @@ def run_demo(data: Optional[Path], output: Path) -> None:
             is replaced.
 
     Raises:
-        ValueError: `data` does not hold two classes of images.
+        SplitError: `data` does not hold two classes of images.
     """
     torch.manual_seed(0)
     for name in ('generated', 'images', 'training'):

@@ -17,7 +17,8 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 
 from .attention import create_channel_attn
 from .dense_block import SEDenseLayer
-from .transfer import CheckpointMismatchError, checkpoint_filter_fn
+from .errors import CheckpointMismatchError
+from .transfer import checkpoint_filter_fn
 
 __all__ = ['SEDenseNet']
 

@@ -6,6 +6,7 @@ result, bit for bit on a CPU, and several processes give one process's, up to fl
 """
 import argparse
 import csv
+import math
 import os
 import random
 import sys
@@ -31,11 +32,9 @@ from timm.utils.summary import trim_summary
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm  # comes with huggingface_hub
 
-__all__ = ['TrainConfig', 'TrainingError', 'train']
+from .errors import TrainingError
 
-
-class TrainingError(RuntimeError):
-    """Training cannot start or go on; the checkpoints written so far stay."""
+__all__ = ['TrainConfig', 'predict', 'train']
 
 
 def _option(default: Any, help: str) -> Any:
@@ -305,10 +304,16 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
     # Model.
     random_seed(config.seed)
     overlay = dict(file=config.pretrained_path, num_classes=-1) if config.pretrained_path else None
-    model: Any = timm.create_model(
-        config.model, pretrained=config.pretrained or bool(config.pretrained_path), pretrained_cfg_overlay=overlay,
-        num_classes=len(classes), drop_rate=config.drop, checkpoint_path=config.initial_checkpoint,
-        **config.model_kwargs)
+    try:
+        model: Any = timm.create_model(
+            config.model, pretrained=config.pretrained or bool(config.pretrained_path), pretrained_cfg_overlay=overlay,
+            num_classes=len(classes), drop_rate=config.drop, checkpoint_path=config.initial_checkpoint,
+            **config.model_kwargs)
+    except OSError as e:  # huggingface_hub's errors are among these
+        source = config.pretrained_path or config.initial_checkpoint or f'the pretrained weights of {config.model}'
+        raise TrainingError(
+            f'{source} could not be loaded: {e or type(e).__name__}. Check the path or the connection; weights '
+            f'downloaded elsewhere go in with --pretrained-path FILE.') from e
     size = {'img_size': config.img_size} if config.img_size else {}
     data_config = resolve_data_config(size, model=model)
     if config.grad_checkpointing:
@@ -385,6 +390,10 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
         train_loss = _train_epoch(
             config, epoch, task, train_loader, optimizer, scheduler, device, autocast, updates_per_epoch, primary)
         metrics = _metrics(*predict(eval_model, val_loader, device, autocast))
+        if not math.isfinite(metrics['loss']):
+            raise TrainingError(
+                f'The validation loss is {metrics["loss"]} after epoch {epoch}, which is not saved. Lower --lr or set '
+                f'--clip-grad.')
         sign = -1 if config.eval_metric == 'loss' else 1
         if best is None or sign * metrics[config.eval_metric] > sign * best[config.eval_metric]:
             best = {'epoch': epoch, **metrics}

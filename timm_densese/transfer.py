@@ -7,45 +7,21 @@ A gate that starts at the constant c (a sigmoid: 0.5) multiplies a feature map b
   makes up for eps, which does not shrink with the variance: gamma * sqrt(c^2 * v + eps) / (c * sqrt(v + eps)).
 """
 import logging
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Tuple
 
 import torch
 import torch.nn as nn
 from timm.models.densenet import _filter_torchvision_pretrained
 
 from .attention import gate_constant, gate_inputs
+from .errors import CheckpointMismatchError
 
 if TYPE_CHECKING:
     from .se_densenet import SEDenseNet
 
-__all__ = ['CheckpointMismatchError', 'checkpoint_filter_fn', 'transfer_densenet']
+__all__ = ['checkpoint_filter_fn', 'transfer_densenet']
 
 _logger = logging.getLogger(__name__)
-
-_NAMES_SHOWN = 12
-
-
-class CheckpointMismatchError(RuntimeError):
-    """A checkpoint holds other tensors than the model: some are missing, left over, or of another shape.
-
-    Attributes:
-        missing: Names that the model has and the checkpoint lacks.
-        unexpected: Names that the checkpoint has and the model lacks.
-        misshapen: Names that both have, with different shapes.
-    """
-
-    def __init__(self, model: 'SEDenseNet', missing: List[str], unexpected: List[str], misshapen: List[str]) -> None:
-        self.missing, self.unexpected, self.misshapen = missing, unexpected, misshapen
-        arch = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
-        lines = [f'This checkpoint does not fit {arch} with se_placement={model.se_placement!r}:']
-        for what, names in (('missing', missing), ('unexpected', unexpected), ('of another shape', misshapen)):
-            if names:
-                more = f' and {len(names) - _NAMES_SHOWN} more' if len(names) > _NAMES_SHOWN else ''
-                lines.append(f'  {len(names)} {what}: {", ".join(names[:_NAMES_SHOWN])}{more}')
-        lines.append(
-            'Take the DenseNet of the same depth, or create the model with the arguments that the checkpoint was '
-            'trained with (se_placement, attn_layer, rd_channels, growth_rate, ...).')
-        super().__init__('\n'.join(lines))
 
 
 def _check_keys(state_dict: Mapping[str, Any], model: 'SEDenseNet', expected: Mapping[str, torch.Tensor]) -> None:
@@ -66,7 +42,8 @@ def _check_keys(state_dict: Mapping[str, Any], model: 'SEDenseNet', expected: Ma
         f'{k} ({tuple(state_dict[k].shape)}, not {tuple(v.shape)})' for k, v in expected.items()
         if checked(k) and k in state_dict and shape(k, state_dict[k]) != shape(k, v)]
     if missing or unexpected or misshapen:
-        raise CheckpointMismatchError(model, missing, unexpected, misshapen)
+        arch = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
+        raise CheckpointMismatchError(arch, model.se_placement, missing, unexpected, misshapen)
 
 
 def transfer_densenet(state_dict: Mapping[str, torch.Tensor], model: 'SEDenseNet') -> Dict[str, torch.Tensor]:

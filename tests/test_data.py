@@ -1,0 +1,310 @@
+"""The MSLD download against a faulty server, and splits that part nothing that belongs together."""
+import csv
+import hashlib
+import os
+import shutil
+import threading
+import urllib.parse
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm.data
+from PIL import Image
+
+from timm_densese.cli import main
+from timm_densese.data import download_msld, split_images
+from timm_densese.errors import DownloadError, SplitError
+
+MSLD = Path(__file__).parents[2] / 'shared' / 'data' / 'msld'
+needs_msld = pytest.mark.skipif(
+    not MSLD.is_dir(), reason='the MSLD images are missing: they lie beside the repository, in ../shared/data/msld')
+
+
+# The download.
+
+
+@contextmanager
+def source(faults):
+    """Serve the MSLD images under their paths in the source repository.
+
+    `faults` maps a file to the answers its first requests get: a status code, 'truncated' or 'wrong'.
+    """
+    with open(MSLD / 'manifest.csv', newline='') as file:
+        files = {row['source_path']: row['file'] for row in csv.DictReader(file)}
+    requests = Counter()
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = files[urllib.parse.unquote(self.path).lstrip('/')]
+            with lock:
+                requests[name] += 1
+                answers = faults.get(name, [])
+                fault = answers[min(requests[name], len(answers)) - 1] if answers else None
+            if isinstance(fault, int) and fault != 200:
+                return self.send_error(fault)
+            body = (MSLD / name).read_bytes()
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:100] if fault == 'truncated' else body[::-1] if fault == 'wrong' else body)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f'http://127.0.0.1:{server.server_port}', requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def hashes(folder):
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in folder.glob('*/*.jpg')}
+
+
+@needs_msld
+def test_download_and_passing_faults(tmp_path, capsys):
+    passing = {'Monkeypox/M01_01.jpg': [500, 503, 200], 'Others/NM01_01.jpg': ['truncated', 200],
+               'Monkeypox/M09_02.jpg': ['wrong', 200], 'Others/NM68_01.jpg': [429, 200]}
+    with source(passing) as (url, requests):
+        assert main(['data', 'msld', '--out', str(tmp_path / 'msld'), '--base-url', url]) == 0
+    assert hashes(tmp_path / 'msld') == hashes(MSLD)
+    assert len(hashes(MSLD)) == 228
+    assert requests['Monkeypox/M01_01.jpg'] == 3
+    out = capsys.readouterr().out
+    assert 'never for diagnosis' in out
+    assert '228 images' in out
+    with open(tmp_path / 'msld' / 'manifest.csv', newline='') as file:
+        assert len({row['patient'] for row in csv.DictReader(file)}) == 162
+
+
+@needs_msld
+def test_download_says_what_failed_and_goes_on_from_there(tmp_path):
+    lasting = {'Monkeypox/M01_01.jpg': [404], 'Others/NM01_01.jpg': ['wrong'], 'Monkeypox/M09_02.jpg': ['truncated']}
+    with source(lasting) as (url, requests), pytest.raises(DownloadError) as error:
+        download_msld(tmp_path, url, backoff=.01)
+    message = str(error.value)
+    assert '3 of 228' in message
+    assert 'Monkeypox/M01_01.jpg: HTTP 404' in message
+    assert 'Others/NM01_01.jpg: invalid hash value' in message
+    assert '--base-url' in message
+    assert requests['Monkeypox/M01_01.jpg'] == 1
+    assert requests['Others/NM01_01.jpg'] == 5
+    assert len(hashes(tmp_path)) == 225  # nothing half-written under its name
+    assert not (tmp_path / 'manifest.csv').exists()
+
+    (tmp_path / 'Others' / 'NM02_01.jpg').write_bytes(b'damaged since')
+    with source({}) as (url, requests):
+        download_msld(tmp_path, url)
+    assert set(requests) == {*lasting, 'Others/NM02_01.jpg'}
+    assert hashes(tmp_path) == hashes(MSLD)
+
+
+@needs_msld
+def test_download_without_a_server(tmp_path, capsys):
+    with source({}) as (url, _):
+        pass
+    with pytest.raises(DownloadError, match='228 of 228'):
+        download_msld(tmp_path, url, backoff=.001)
+
+
+# Splits.
+
+
+def read_split(out, column='split'):
+    with open(out / 'split.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    return rows, {row['file']: row[column] for row in rows}
+
+
+def picture(seed):
+    """A picture with structure at the scale that a perceptual hash sees."""
+    noise = np.random.default_rng(seed).integers(0, 256, (7, 7, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((96, 96), Image.Resampling.BICUBIC)
+
+
+def folder_of_images(root, classes=('a', 'b'), patients=20, shots=2):
+    for c, label in enumerate(classes):
+        (root / label).mkdir(parents=True)
+        for patient in range(patients):
+            for shot in range(shots):
+                seed = (c * patients + patient) * shots + shot
+                picture(seed).save(root / label / f'p{c}{patient:02}-{shot}.png')
+    return root
+
+
+@needs_msld
+def test_msld_split(tmp_path, capsys):
+    before = hashes(MSLD)
+    assert main(['data', 'split', str(MSLD), '--out', str(tmp_path / 'out')]) == 0
+    rows, split_of = read_split(tmp_path / 'out')
+    patients = defaultdict(set)
+    for name, split in split_of.items():
+        patients[Path(name).name.split('_')[0]].add(split)
+    assert len(patients) == 162
+    assert all(len(splits) == 1 for splits in patients.values())
+    counts = Counter(split_of.values())
+    for split, share in (('train', .7), ('val', .1), ('test', .2)):
+        assert abs(counts[split] / 228 - share) < .02
+        labels = Counter(row['label'] for row in rows if row['split'] == split)
+        assert abs(labels['Monkeypox'] / labels.total() - 102 / 228) < .03
+        dataset = timm.data.create_dataset('', root=tmp_path / 'out', split=split)
+        assert len(dataset) == counts[split]
+        assert list(dataset.reader.class_to_idx) == ['Monkeypox', 'Others']
+    assert '162 patients' in capsys.readouterr().out
+    # MSLD holds one picture under two patients.
+    assert split_of['Others/NM110_01.jpg'] == split_of['Others/NM68_01.jpg']
+    assert hashes(MSLD) == before
+
+
+def test_same_seed_same_split(tmp_path):
+    src = folder_of_images(tmp_path / 'src')
+    splits = []
+    for name, seed in (('x', 0), ('y', 0), ('z', 1)):
+        split_images(src, tmp_path / name, seed=seed)
+        splits.append((tmp_path / name / 'split.csv').read_bytes())
+    assert splits[0] == splits[1] != splits[2]
+
+
+def test_what_belongs_together_stays_together(tmp_path, capsys):
+    src = folder_of_images(tmp_path / 'src', shots=1)
+    together = []
+    for i, (name, change) in enumerate({
+        'flip': lambda im: im.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        'turn': lambda im: im.rotate(90),
+        'small': lambda im: im.resize((64, 64)),
+        'bright': lambda im: im.point(lambda v: min(255, int(v * 1.1))),
+    }.items()):
+        original = f'a/p0{i:02}-0.png'
+        change(picture(i)).save(src / 'a' / f'unrelated_{name}_name.png')
+        together.append((original, f'a/unrelated_{name}_name.png'))
+    shutil.copy(src / 'b' / 'p101-0.png', src / 'b' / 'other.png')  # same bytes
+    together.append(('b/p101-0.png', 'b/other.png'))
+    picture(1000).save(src / 'b' / 'p102-0_aug_7.png')  # a copy by its name
+    together.append(('b/p102-0.png', 'b/p102-0_aug_7.png'))
+    # Transitively: p103 -> mirrored -> copy of the mirrored.
+    mirrored = picture(23).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    mirrored.save(src / 'b' / 'm.png')
+    picture(1001).save(src / 'b' / 'm_copy.png')
+    together += [('b/p103-0.png', 'b/m.png'), ('b/m.png', 'b/m_copy.png')]
+
+    split_images(src, tmp_path / 'out', report=tmp_path / 'report.png')
+    rows, split_of = read_split(tmp_path / 'out')
+    group_of = {row['file']: row['group'] for row in rows}
+    for one, other in together:
+        assert group_of[one] == group_of[other], (one, other)
+        assert split_of[one] == split_of[other]
+    assert len(set(group_of.values())) == 40  # and nothing else was grouped
+    out = capsys.readouterr().out
+    assert '1 repeats of the same bytes, 5 pairs that look the same, 2 copies by name' in out
+    with Image.open(tmp_path / 'report.png') as report:
+        assert report.size[1] > 500
+
+
+@pytest.mark.parametrize('how', ['regex', 'groups'])
+def test_patients_from_names_or_a_table(tmp_path, how):
+    src = folder_of_images(tmp_path / 'src', shots=3)
+    names = sorted(p.relative_to(src).as_posix() for p in src.rglob('*.png'))
+    if how == 'regex':
+        split_images(src, tmp_path / 'out', group_regex=r'^(p\d+)-')
+    else:
+        with open(tmp_path / 'groups.csv', 'w', newline='') as file:
+            csv.writer(file).writerows([('file', 'patient'), *((n, Path(n).name.split('-')[0]) for n in names)])
+        split_images(src, tmp_path / 'out', groups=tmp_path / 'groups.csv')
+    _, split_of = read_split(tmp_path / 'out')
+    patients = defaultdict(set)
+    for name, split in split_of.items():
+        patients[Path(name).name.split('-')[0]].add(split)
+    assert len(patients) == 40
+    assert all(len(s) == 1 for s in patients.values())
+
+
+def test_folds_test_every_image_once(tmp_path):
+    src = folder_of_images(tmp_path / 'src')
+    images = split_images(src, tmp_path / 'out', val=.2, folds=4, group_regex=r'^(p\d+)-')
+    assert all(Counter(image.splits)['test'] == 1 for image in images)
+    for fold in range(4):
+        _, split_of = read_split(tmp_path / 'out', f'fold{fold}')
+        by_patient = defaultdict(set)
+        for name, split in split_of.items():
+            by_patient[Path(name).name.split('-')[0]].add(split)
+        assert all(len(s) == 1 for s in by_patient.values())
+        for split, count in Counter(split_of.values()).items():
+            assert len(list((tmp_path / 'out' / f'fold{fold}' / split).rglob('*.png'))) == count
+
+
+def test_folders_as_people_have_them(tmp_path, capsys):
+    src = tmp_path / 'src'
+    expected = 0
+    for c, label in enumerate(('Mpox', 'other skin')):
+        for i, name in enumerate((
+                'A.JPG', 'b.jfif', 'deep/er/A.JPG', 'deep_er_A.png', 'c.jpeg', 'd.PNG', 'e.bmp', 'f.webp', 'g.tif',
+                'h.jpg', 'i.jpg', 'j.jpg')):
+            path = src / label / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kind = {'.jfif': 'JPEG', '.jpg': 'JPEG', '.jpeg': 'JPEG', '.tif': 'TIFF'}.get(path.suffix.lower())
+            picture(100 * c + i).save(path, format=kind)
+            expected += 1
+        (src / label / 'broken.jpg').write_bytes(b'\xff\xd8\xff not a picture')
+        (src / label / 'empty.png').write_bytes(b'')
+        (src / label / 'notes.txt').write_text('not an image')
+    (src / 'README.md').write_text('not a class')
+    images = split_images(src, tmp_path / 'out', val=.2, test=.2)
+    assert sum(not image.error for image in images) == expected
+    assert capsys.readouterr().out.count('left out, not decodable') == 4
+    placed = [timm.data.create_dataset('', root=tmp_path / 'out', split=s) for s in ('train', 'val', 'test')]
+    assert sum(map(len, placed)) == expected
+    for dataset in placed:
+        assert list(dataset.reader.class_to_idx) == ['Mpox', 'other skin']
+        assert all(image.size == (96, 96) for image, _ in dataset)
+    rows, _ = read_split(tmp_path / 'out')
+    assert sum(row['error'] != '' and row['split'] == '' for row in rows) == 4
+
+
+def test_links_where_it_can(tmp_path):
+    src = folder_of_images(tmp_path / 'src')
+    split_images(src, tmp_path / 'out')
+    linked = [p for p in (tmp_path / 'out').rglob('*.png') if os.stat(p).st_nlink == 2]
+    assert len(linked) == 80
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (dict(val=.6, test=.5), 'leave something to train on'),
+    (dict(folds=1), '2 folds or more'),
+    (dict(groups=Path('x'), group_regex='x'), 'not both'),
+    (dict(group_regex='nothing'), 'matches no file name'),
+    (dict(folds=30), 'Class a has 20 groups'),
+])
+def test_wrong_options(tmp_path, change, message):
+    src = folder_of_images(tmp_path / 'src', shots=1)
+    with pytest.raises(SplitError, match=message):
+        split_images(src, tmp_path / 'out', **change)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['src']
+
+
+def test_refuses_folders_it_should_not_touch(tmp_path, capsys):
+    src = folder_of_images(tmp_path / 'src', shots=1)
+    with pytest.raises(SplitError, match='nothing is to be written'):
+        split_images(src, src / 'out')
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'thesis.txt').write_text('years of work')
+    with pytest.raises(SplitError, match='is not empty'):
+        split_images(src, tmp_path / 'full')
+    assert (tmp_path / 'full' / 'thesis.txt').read_text() == 'years of work'
+    shutil.rmtree(src / 'b')
+    with pytest.raises(SplitError, match=r"found \{'a': 20\}"):
+        split_images(src, tmp_path / 'out')
+    (src / 'train').mkdir()
+    with pytest.raises(SplitError, match='split already'):
+        split_images(src, tmp_path / 'out')
+    assert main(['data', 'split', str(tmp_path / 'nowhere'), '--out', str(tmp_path / 'out')]) == 1
+    assert 'is not a folder' in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""timm's scripts are run with the installed timm and our models, wherever they lie."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import timm
+
+# Stands in for a script of timm's: same way of starting, prints what it found.
+SCRIPT = """
+import sys
+import timm
+
+def main():
+    print('timm:', timm.__file__)
+    print('registered:', timm.is_model('se_densenet121'))
+    print('args:', sys.argv[1:])
+
+if __name__ == '__main__':
+    main()
+"""
+
+
+def run(*args, cwd=None, **env):
+    return subprocess.run([sys.executable, '-c', 'import sys; sys.path.pop(0); from timm_densese.cli import main; '
+                           'sys.exit(main())', 'run', *map(str, args)],
+                          cwd=cwd, env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path)), **env},
+                          capture_output=True, text=True, timeout=120)
+
+
+def make_checkout(folder, version):
+    (folder / 'timm').mkdir(parents=True)
+    (folder / 'timm' / '__init__.py').write_text('raise ImportError("the timm of the checkout")\n')
+    (folder / 'timm' / 'version.py').write_text(f"__version__ = '{version}'\n")
+    (folder / 'train.py').write_text(SCRIPT)
+    return folder
+
+
+def test_the_installed_timm_serves_a_script_in_a_checkout(tmp_path):
+    checkout = make_checkout(tmp_path / 'checkout', timm.__version__)
+    for cwd in (tmp_path, checkout):
+        result = run('--timm-scripts', checkout, 'train.py', '--model', 'se_densenet121', '-b', '4', cwd=cwd)
+        assert result.returncode == 0, result.stderr
+        assert f'timm: {timm.__file__}' in result.stdout
+        assert 'registered: True' in result.stdout
+        assert "args: ['--model', 'se_densenet121', '-b', '4']" in result.stdout
+        assert result.stderr == ''
+
+
+def test_another_version_is_a_warning(tmp_path):
+    checkout = make_checkout(tmp_path / 'checkout', '0.9.0')
+    result = run('train.py', TIMM_SCRIPTS=str(checkout))
+    assert result.returncode == 0
+    assert f'timm 0.9.0; the installed timm is {timm.__version__}' in result.stderr
+
+
+def test_what_is_missing_is_said(tmp_path):
+    result = run('train.py', TIMM_SCRIPTS='')
+    assert result.returncode == 1
+    assert f'--branch v{timm.__version__}' in result.stderr
+    assert 'Traceback' not in result.stderr
+    (tmp_path / 'validate.py').write_text(SCRIPT)
+    result = run('--timm-scripts', tmp_path, 'train.py')
+    assert result.returncode == 1
+    assert 'holds validate.py' in result.stderr
+
+
+def test_a_scripts_own_errors_are_shown_whole(tmp_path):
+    Path(tmp_path / 'train.py').write_text('raise ValueError("of the script")')
+    result = run('--timm-scripts', tmp_path, 'train.py')
+    assert result.returncode == 1
+    assert 'Traceback' in result.stderr
+    assert 'ValueError: of the script' in result.stderr
