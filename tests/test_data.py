@@ -3,6 +3,7 @@ import csv
 import hashlib
 import os
 import shutil
+import tempfile
 import threading
 import urllib.parse
 from collections import Counter, defaultdict
@@ -275,6 +276,18 @@ def test_links_where_it_can(tmp_path):
     split_images(src, tmp_path / 'out')
     linked = [p for p in (tmp_path / 'out').rglob('*.png') if os.stat(p).st_nlink == 2]
     assert len(linked) == 80
+
+
+@pytest.mark.skipif(not os.access('/dev/shm', os.W_OK), reason='a second file system is missing: /dev/shm')
+def test_copies_where_it_cannot_link(tmp_path):
+    src = folder_of_images(tmp_path / 'src')
+    with tempfile.TemporaryDirectory(dir='/dev/shm') as other:
+        if os.stat(other).st_dev == os.stat(src).st_dev:
+            pytest.skip('a second file system is missing: /dev/shm is on that of the temporary folder')
+        split_images(src, Path(other) / 'out')
+        copies = list((Path(other) / 'out').rglob('*.png'))
+        assert len(copies) == 80
+        assert {p.read_bytes() for p in copies} == {p.read_bytes() for p in src.rglob('*.png')}
 
 
 @pytest.mark.parametrize(('change', 'message'), [

@@ -206,6 +206,8 @@ def split_images(
     if report and near:
         _contact_sheet([images[i] for i in good], near, report)
         print(f'the images that look the same: {report}')
+    elif report:
+        print(f'no different files look the same: {report} was not written')
     return images
 
 

@@ -312,8 +312,8 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
     except OSError as e:  # huggingface_hub's errors are among these
         source = config.pretrained_path or config.initial_checkpoint or f'the pretrained weights of {config.model}'
         raise TrainingError(
-            f'{source} could not be loaded: {e or type(e).__name__}. Check the path or the connection; weights '
-            f'downloaded elsewhere go in with --pretrained-path FILE.') from e
+            f'{source} could not be loaded: {type(e).__name__} {e}\nCheck the path or the connection. Weights downloaded '
+            f'elsewhere go in with --pretrained-path FILE.') from e
     size = {'img_size': config.img_size} if config.img_size else {}
     data_config = resolve_data_config(size, model=model)
     if config.grad_checkpointing:
@@ -456,7 +456,7 @@ def _train_epoch(
                 if not torch.isfinite(loss):
                     raise TrainingError(
                         f'The loss is {loss.item()} in batch {i} of epoch {epoch}. Lower --lr, set --clip-grad, or '
-                        f'look at the images; {Path(config.output) / "last.pth.tar"} holds the epoch before.')
+                        f'look at the images. Checkpoints of earlier epochs are as they were.')
                 (loss / accumulated).backward()
             if last:
                 if config.clip_grad is not None:
