@@ -21,7 +21,6 @@ import numpy as np
 import timm
 import torch
 import yaml
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from PIL import Image
 from scipy import stats
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
@@ -29,6 +28,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 from torchvision import transforms
 
 from timm_densese.data import split_images
+from timm_densese.hub import find_weights
 from timm_densese.training import TrainConfig, predict, train
 
 ROOT = Path(__file__).parent.parent
@@ -40,14 +40,6 @@ MODELS = {
 METRICS = ('accuracy', 'balanced_accuracy', 'f1', 'auroc')
 FOLDS, SEEDS, COPIES = 5, (0, 1), 3
 GOAL = .89
-
-
-def hub_answers() -> bool:
-    try:
-        get_hf_file_metadata(hf_hub_url('timm/densenet121.ra_in1k', 'model.safetensors'), timeout=10)
-    except Exception:
-        return False
-    return True
 
 
 def make_leaking_split(source: Path, out: Path) -> None:
@@ -118,7 +110,7 @@ def main() -> None:
     args = parser.parse_args()
 
     recipe = yaml.safe_load((ROOT / 'configs' / 'msld.yaml').read_text())
-    pretrained = hub_answers()
+    pretrained = find_weights('timm/densenet121.ra_in1k')
     if not pretrained:
         recipe.update(pretrained=False, img_size=64, epochs=args.scratch_epochs, layer_decay=None, warmup_epochs=1)
     weights = 'ImageNet weights' if pretrained else 'from scratch (no ImageNet weights: the Hub did not answer)'

@@ -14,23 +14,15 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import timm
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
 from timm_densese import SE_PLACEMENTS
+from timm_densese.hub import find_weights
 
 RESULTS = Path(__file__).parent / 'results' / 'transfer_error'
 
 
-def hub_answers() -> bool:
-    try:
-        get_hf_file_metadata(hf_hub_url('timm/densenet121.ra_in1k', 'model.safetensors'), timeout=10)
-    except Exception:
-        return False
-    return True
-
-
 def load_densenet() -> tuple[torch.nn.Module, str]:
-    if hub_answers():
+    if find_weights('timm/densenet121.ra_in1k'):
         return timm.create_model('densenet121.ra_in1k', pretrained=True).eval(), 'densenet121.ra_in1k'
     densenet = timm.create_model('densenet121')
     for module in densenet.modules():

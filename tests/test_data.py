@@ -127,6 +127,14 @@ def read_split(out, column='split'):
     return rows, {row['file']: row[column] for row in rows}
 
 
+def patients_of(split_of, separator='-'):
+    """The splits of each patient's images, by the part of a file's name before the separator."""
+    splits = defaultdict(set)
+    for name, split in split_of.items():
+        splits[Path(name).name.split(separator)[0]].add(split)
+    return splits
+
+
 def picture(seed):
     """A picture with structure at the scale that a perceptual hash sees."""
     noise = np.random.default_rng(seed).integers(0, 256, (7, 7, 3), dtype=np.uint8)
@@ -148,9 +156,7 @@ def test_msld_split(tmp_path, capsys):
     before = hashes(MSLD)
     assert main(['data', 'split', str(MSLD), '--out', str(tmp_path / 'out')]) == 0
     rows, split_of = read_split(tmp_path / 'out')
-    patients = defaultdict(set)
-    for name, split in split_of.items():
-        patients[Path(name).name.split('_')[0]].add(split)
+    patients = patients_of(split_of, '_')
     assert len(patients) == 162
     assert all(len(splits) == 1 for splits in patients.values())
     counts = Counter(split_of.values())
@@ -222,9 +228,7 @@ def test_patients_from_names_or_a_table(tmp_path, how):
             csv.writer(file).writerows([('file', 'patient'), *((n, Path(n).name.split('-')[0]) for n in names)])
         split_images(src, tmp_path / 'out', groups=tmp_path / 'groups.csv')
     _, split_of = read_split(tmp_path / 'out')
-    patients = defaultdict(set)
-    for name, split in split_of.items():
-        patients[Path(name).name.split('-')[0]].add(split)
+    patients = patients_of(split_of)
     assert len(patients) == 40
     assert all(len(s) == 1 for s in patients.values())
 
@@ -235,10 +239,7 @@ def test_folds_test_every_image_once(tmp_path):
     assert all(Counter(image.splits)['test'] == 1 for image in images)
     for fold in range(4):
         _, split_of = read_split(tmp_path / 'out', f'fold{fold}')
-        by_patient = defaultdict(set)
-        for name, split in split_of.items():
-            by_patient[Path(name).name.split('-')[0]].add(split)
-        assert all(len(s) == 1 for s in by_patient.values())
+        assert all(len(s) == 1 for s in patients_of(split_of).values())
         for split, count in Counter(split_of.values()).items():
             assert len(list((tmp_path / 'out' / f'fold{fold}' / split).rglob('*.png'))) == count
 

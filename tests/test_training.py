@@ -110,8 +110,12 @@ def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
                 load(output, 'model_best.pth.tar')['state_dict'])
 
 
-def test_two_processes_give_one_processes_metrics(data, tmp_path):
-    args = ('--epochs', 2, '--workers', 0, '--opt', 'sgd', '--lr', .05, *SMALL_ARGS)
+@pytest.mark.parametrize('model', [
+    SMALL_ARGS,
+    ('--model', 'resnet10t', '--img-size', '32'),  # plain nn.BatchNorm2d
+])
+def test_two_processes_give_one_processes_metrics(data, tmp_path, model):
+    args = ('--epochs', 2, '--workers', 0, '--opt', 'sgd', '--lr', .02, *model)
     subprocess.run(command(data, '--output', tmp_path / 'one', '-b', 8, *args), check=True, env=ENV,
                    capture_output=True)
     result = subprocess.run(command(data, '--output', tmp_path / 'two', '-b', 4, *args, processes=2), env=ENV,

@@ -5,30 +5,17 @@ from typing import Any, Optional
 
 import timm
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from .data import generate_images, split_images
+from .hub import find_weights
 from .training import TrainConfig, train
 
 __all__ = ['run_demo']
 
 MODEL, DENSENET = 'se_densenet121', 'densenet121'
-HUB_FILE = (f'timm/{DENSENET}.ra_in1k', 'model.safetensors')
 IMG_SIZE, EPOCHS = 128, 5
-
-
-def _weights_available() -> bool:
-    """Look for the weights with one short request: the download itself retries for 45 seconds before it gives up."""
-    if isinstance(try_to_load_from_cache(*HUB_FILE), str):
-        return True
-    try:
-        get_hf_file_metadata(hf_hub_url(*HUB_FILE), timeout=10)
-    except Exception as e:  # no network, no DNS, a proxy's page: whatever it is, the demo goes on without
-        print(f'The Hugging Face Hub could not be reached ({type(e).__name__}: {e}).')
-        return False
-    return True
 
 
 def run_demo(data: Optional[Path], output: Path) -> None:
@@ -54,7 +41,7 @@ def run_demo(data: Optional[Path], output: Path) -> None:
     split_images(data, output / 'images', val=.2, test=0)
 
     # A DenseNet's weights, transferred.
-    pretrained = _weights_available()
+    pretrained = find_weights(f'timm/{DENSENET}.ra_in1k')
     densenet: Any = timm.create_model(DENSENET, pretrained=pretrained).eval()
     weights = output / f'{DENSENET}.pth'
     torch.save(densenet.state_dict(), weights)

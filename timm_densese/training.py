@@ -223,31 +223,38 @@ def _metrics(logits: torch.Tensor, labels: torch.Tensor) -> Dict[str, float]:
 # Several processes.
 
 
-class _CpuSyncBatchNormAct2d(BatchNormAct2d):
-    """timm's batch norm over the batches of all processes. torch's SyncBatchNorm, which does this, refuses CPUs."""
+# torch's SyncBatchNorm, which does this, refuses CPUs.
 
+
+def _sync_batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    """Batch norm in training mode, over the batches of all processes."""
+    from torch.distributed.nn.functional import all_reduce  # the one with a gradient
+
+    count = x.numel() // x.shape[1] * dist.get_world_size()
+    mean = all_reduce(x.sum((0, 2, 3))) / count
+    centred = x - mean[:, None, None]
+    var = all_reduce(centred.square().sum((0, 2, 3))) / count
+    with torch.no_grad():
+        norm.get_buffer('num_batches_tracked').add_(1)
+        norm.get_buffer('running_mean').lerp_(mean, norm.momentum or 0.)
+        norm.get_buffer('running_var').lerp_(var * count / (count - 1), norm.momentum or 0.)
+    return centred * (norm.weight * (var + norm.eps).rsqrt())[:, None, None] + norm.bias[:, None, None]
+
+
+class _CpuSyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce  # the one with a gradient
+        return _sync_batch_norm(self, x) if self.training else super().forward(x)
 
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = all_reduce(x.sum((0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        var = all_reduce(centred.square().sum((0, 2, 3))) / count
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.get_buffer('num_batches_tracked').add_(1)
-                self.get_buffer('running_mean').lerp_(mean, self.momentum or 0.)
-                self.get_buffer('running_var').lerp_(var * count / (count - 1), self.momentum or 0.)
-        x = centred * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
-        return self.act(self.drop(x))
+
+class _CpuSyncBatchNormAct2d(BatchNormAct2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(_sync_batch_norm(self, x))) if self.training else super().forward(x)
 
 
 def _convert_cpu_sync_batchnorm(module: nn.Module) -> None:
+    sync = {nn.BatchNorm2d: _CpuSyncBatchNorm2d, BatchNormAct2d: _CpuSyncBatchNormAct2d}
     for child in module.modules():
-        if isinstance(child, BatchNormAct2d):
-            child.__class__ = _CpuSyncBatchNormAct2d  # the same tensors and names, another forward
+        child.__class__ = sync.get(type(child), type(child))  # the same tensors and names, another forward
 
 
 # The loop.
@@ -312,8 +319,8 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
     except OSError as e:  # huggingface_hub's errors are among these
         source = config.pretrained_path or config.initial_checkpoint or f'the pretrained weights of {config.model}'
         raise TrainingError(
-            f'{source} could not be loaded: {type(e).__name__} {e}\nCheck the path or the connection. Weights downloaded '
-            f'elsewhere go in with --pretrained-path FILE.') from e
+            f'{source} could not be loaded: {type(e).__name__} {e}\nCheck the path or the connection. Weights '
+            f'downloaded elsewhere go in with --pretrained-path FILE.') from e
     size = {'img_size': config.img_size} if config.img_size else {}
     data_config = resolve_data_config(size, model=model)
     if config.grad_checkpointing:
