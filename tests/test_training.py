@@ -110,6 +110,18 @@ def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
                 load(output, 'model_best.pth.tar')['state_dict'])
 
 
+def test_killed_between_its_two_checkpoints(data, tmp_path):
+    options = dict(data_dir=str(data), output=str(tmp_path), lr=0., warmup_lr=0., warmup_epochs=0, eval_metric='top1',
+                   model_ema=False, **SMALL_MODEL)
+    train(TrainConfig(epochs=1, **options))
+    (tmp_path / 'checkpoint-0.pth.tar').unlink()
+    (tmp_path / 'model_best.pth.tar').unlink()
+    result = train(TrainConfig(epochs=2, resume=str(tmp_path / 'last.pth.tar'), **options))
+    assert result['best_epoch'] == 0  # the second epoch is no better
+    assert load(tmp_path, 'model_best.pth.tar')['epoch'] == 0
+    assert load(tmp_path)['epoch'] == 1
+
+
 @pytest.mark.parametrize('model', [
     SMALL_ARGS,
     ('--model', 'resnet10t', '--img-size', '32'),  # plain nn.BatchNorm2d

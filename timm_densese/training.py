@@ -9,6 +9,7 @@ import csv
 import math
 import os
 import random
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -366,7 +367,11 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
     def autocast() -> Any:
         return torch.autocast(device.type, torch.bfloat16) if config.amp else nullcontext()
 
-    # Records.
+    # Records. One process reads what is there and tells the others, so that all stop after the same epoch.
+    found = [_best_so_far(config, output, start_epoch) if config.resume and primary else None]
+    if world > 1:
+        dist.broadcast_object_list(found)
+    best = found[0]
     saver: Optional[CheckpointSaver] = None
     board: Any = None
     if primary:
@@ -378,8 +383,12 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
         saver = CheckpointSaver(
             model, optimizer, argparse.Namespace(**options), checkpoint_dir=str(output),
             decreasing=config.eval_metric == 'loss', max_history=1, task=task)
-        if config.resume:
-            saver.load_state_dict_from_checkpoint(config.resume)
+        if best:
+            # A kill may have come between last.pth.tar and model_best.pth.tar.
+            saver.best_epoch, saver.best_metric = best['epoch'], best[config.eval_metric]
+            if best['epoch'] == start_epoch - 1:
+                shutil.copyfile(config.resume, output / 'tmp.pth.tar')
+                os.replace(output / 'tmp.pth.tar', output / 'model_best.pth.tar')
         trim_summary(str(output / 'summary.csv'), start_epoch)
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -387,7 +396,6 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
         except ImportError:
             pass
 
-    best = _best_so_far(config, output) if config.resume else None
     before = None if config.resume else _metrics(*predict(eval_model, val_loader, device, autocast))
     for epoch in range(start_epoch, config.epochs):
         if best and config.patience and epoch - best['epoch'] > config.patience:
@@ -488,10 +496,11 @@ def _read_summary(output: Path) -> List[Dict[str, float]]:
         return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
-def _best_so_far(config: TrainConfig, output: Path) -> Optional[Dict[str, Any]]:
+def _best_so_far(config: TrainConfig, output: Path, start_epoch: int) -> Optional[Dict[str, Any]]:
     """Read the best epoch back from the summary of the training that is resumed."""
-    summary = output / 'summary.csv'
-    rows = _read_summary(output) if summary.exists() else []
+    if not (output / 'summary.csv').exists():
+        return None
+    rows = [row for row in _read_summary(output) if row['epoch'] < start_epoch]
     if not rows:
         return None
     key = f'eval_{config.eval_metric}'
