@@ -163,7 +163,7 @@ def test_msld_split(tmp_path, capsys):
     for split, share in (('train', .7), ('val', .1), ('test', .2)):
         assert abs(counts[split] / 228 - share) < .02
         labels = Counter(row['label'] for row in rows if row['split'] == split)
-        assert abs(labels['Monkeypox'] / labels.total() - 102 / 228) < .03
+        assert abs(labels['Monkeypox'] / labels.total() - 102 / 228) < .1  # val has two dozen images, in groups
         dataset = timm.data.create_dataset('', root=tmp_path / 'out', split=split)
         assert len(dataset) == counts[split]
         assert list(dataset.reader.class_to_idx) == ['Monkeypox', 'Others']

@@ -343,9 +343,7 @@ def _hold_out(images: Sequence[SplitImage], indices: np.ndarray, share: float, s
     """Choose a share of the images, whole groups, stratified: p of q folds, where p / q is near the share."""
     if not share:
         return indices[:0]
-    fraction = Fraction(share).limit_denominator(20)
-    if fraction.numerator == 0:
-        fraction = Fraction(1, 20)
+    fraction = Fraction(share).limit_denominator(10) or Fraction(1, 20)
     chosen = _folds(images, indices, fraction.denominator, seed)[:fraction.numerator]
     return np.sort(np.concatenate(chosen))
 
