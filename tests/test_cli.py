@@ -55,7 +55,7 @@ def test_demo_on_generated_images_without_a_hub(tmp_path):
     assert 'epoch 4: 100%' in result.stderr
     before, after = re.search(r': ([\d.]+)% before, ([\d.]+)% after', result.stdout).groups()
     assert float(after) > float(before) - 10
-    assert (tmp_path / 'out' / 'checkpoints' / 'last.pth.tar').is_file()
+    assert (tmp_path / 'out' / 'training' / 'model_best.pth.tar').is_file()
 
 
 def test_demo_needs_two_classes(tmp_path):
