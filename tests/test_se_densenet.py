@@ -178,8 +178,14 @@ def test_feature_extraction(placement):
             for ours, expected in zip(out, [intermediates[i] for i in (0, 2, 3)], strict=True):
                 assert relative_error(ours, expected) < 1e-6, feature_cls
 
-        model.prune_intermediate_layers([1])
+        densenet = timm.create_model('densenet121', **SMALL)
+        for net in (model, densenet):
+            net.prune_intermediate_layers([1])
         assert torch.equal(model(IMAGE), intermediates[1])
+        model.load_state_dict(model.state_dict())
+        assert torch.equal(model(IMAGE), intermediates[1])
+        model.load_state_dict(densenet.state_dict())
+        assert relative_error(model(IMAGE), densenet.eval()(IMAGE)) < 1e-5
 
 
 @placements

@@ -6,7 +6,7 @@ Papers:
     * `Making Convolutional Networks Shift-Invariant Again` - https://arxiv.org/abs/1904.11486
 """
 from collections import OrderedDict
-from typing import Any, Dict, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -109,6 +109,18 @@ class SEDenseNet(densenet.DenseNet):
         else:
             matcher['blocks'].append((r'^features\.se(\d+)', MATCH_PREV_GROUP))
         return matcher
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Prune layers not required for the given intermediates, see DenseNet; their attention goes too."""
+        take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        left = {name for name, _ in self.named_modules()}
+        self.attn_sites = {site: neighbour for site, neighbour in self.attn_sites.items() if site in left}
+        return take_indices
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
