@@ -16,6 +16,7 @@ atexit.register(_running.__exit__, None, None, None)
 os.environ['HF_ENDPOINT'] = _server.endpoint
 os.environ['HF_HOME'] = str(Path(_scratch.name) / 'home')
 os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
+os.environ['HF_HUB_DISABLE_XET'] = '1'  # the test Hub speaks LFS
 
 import pytest  # noqa: E402
 import safetensors.torch  # noqa: E402
@@ -28,6 +29,10 @@ MODELS = ('se_densenet121', 'se_densenet161', 'se_densenet169', 'se_densenet201'
           'se_densenetblur121d')
 # A DenseNet small enough for float64 and compilers.
 SMALL = dict(growth_rate=8, block_config=(2, 3, 2))
+
+MSLD = Path(__file__).parents[2] / 'shared' / 'data' / 'msld'
+needs_msld = pytest.mark.skipif(
+    not MSLD.is_dir(), reason='the MSLD images are missing: they lie beside the repository, in ../shared/data/msld')
 
 
 @pytest.fixture(scope='session')
@@ -66,6 +71,4 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
 
 def put_on_hub(hub: HubServer, repo_id: str, model: torch.nn.Module) -> None:
     """Give a repository the file that timm's have."""
-    repo = hub.root / repo_id
-    repo.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(model.state_dict(), repo / 'model.safetensors')
+    hub.put(repo_id, {'model.safetensors': safetensors.torch.save(model.state_dict())})

@@ -14,16 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm.data
+from conftest import MSLD, needs_msld
 from PIL import Image
 
 from timm_densese.cli import main
 from timm_densese.data import download_msld, split_images
 from timm_densese.errors import DownloadError, SplitError
-
-MSLD = Path(__file__).parents[2] / 'shared' / 'data' / 'msld'
-needs_msld = pytest.mark.skipif(
-    not MSLD.is_dir(), reason='the MSLD images are missing: they lie beside the repository, in ../shared/data/msld')
-
 
 # The download.
 

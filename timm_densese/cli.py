@@ -29,6 +29,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     _add_demo(commands)
     _add_data(commands)
     _add_run(commands)
+    _add_publish(commands)
+    _add_card(commands)
     argv = sys.argv[1:] if argv is None else argv
     try:
         _add_train(commands, argv)
@@ -103,6 +105,47 @@ def _add_run(commands: Any) -> None:
     parser.add_argument('--timm-scripts', type=Path, metavar='DIR', help='folder of the scripts (or set TIMM_SCRIPTS)')
     parser.add_argument('script', help='train.py, validate.py, inference.py, benchmark.py, onnx_export.py, ...')
     parser.add_argument('args', nargs=argparse.REMAINDER, help="the script's arguments")
+    parser.set_defaults(run=run)
+
+
+def _add_checkpoint_options(parser: Any) -> None:
+    parser.add_argument('--model', default='', help="name of the model (default: the checkpoint's)")
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
+                        help='arguments of the model, over those that the run recorded')
+    parser.add_argument('--metrics', type=Path, metavar='JSON', help='measured results')
+    parser.add_argument('--data', type=Path, metavar='DIR', help='folder that it was trained on, for the class names')
+
+
+def _add_publish(commands: Any) -> None:
+    def confirm(question: str) -> bool:
+        return sys.stdin.isatty() and input(f'{question} [y/N] ').strip().lower() in ('y', 'yes')
+
+    def run(args: argparse.Namespace) -> None:
+        from .hub import publish
+        publish(args.checkpoint, args.repo, args.model, args.model_kwargs, args.metrics, args.data, args.private,
+                args.revision, args.pr, args.to, confirm)
+
+    parser = commands.add_parser('publish', help='push a checkpoint to the Hugging Face Hub, with a model card')
+    parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='OUTPUT/model_best.pth.tar, for example')
+    parser.add_argument('repo', metavar='OWNER/NAME', help='repository, made if there is none')
+    _add_checkpoint_options(parser)
+    parser.add_argument('--private', action='store_true', help='make a new repository private')
+    parser.add_argument('--revision', help='branch to commit to, made if there is none')
+    parser.add_argument('--pr', action='store_true', help='open a pull request instead of committing')
+    parser.add_argument('--to', type=Path, metavar='DIR', help='write the files to a folder instead')
+    parser.set_defaults(run=run)
+
+
+def _add_card(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from .hub import write_card
+        write_card(args.of, args.repo, args.model, args.model_kwargs, args.metrics, args.data, args.out)
+
+    parser = commands.add_parser('card', help='make the model card of a registered model or of a checkpoint')
+    parser.add_argument('of', metavar='MODEL|CHECKPOINT', help='se_densenet121, or OUTPUT/model_best.pth.tar')
+    parser.add_argument('repo', nargs='?', metavar='OWNER/NAME', help='where a checkpoint is published')
+    _add_checkpoint_options(parser)
+    parser.add_argument('--out', type=Path, help='file to write (default: print it)')
     parser.set_defaults(run=run)
 
 

@@ -1,7 +1,31 @@
 """What a user can put right: a class for each cause, and a message that says what was found and what to do."""
-from typing import List
+from contextlib import contextmanager
+from typing import Any, Iterator, List
 
-__all__ = ['CheckpointMismatchError', 'DownloadError', 'ScriptError', 'SplitError', 'TrainingError', 'UserError']
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+
+__all__ = [
+    'CheckpointFileError',
+    'CheckpointMismatchError',
+    'DownloadError',
+    'HubError',
+    'ModelConfigError',
+    'PublishError',
+    'ScriptError',
+    'SplitError',
+    'TrainingError',
+    'UserError',
+    'hub_errors',
+]
 
 _NAMES_SHOWN = 12
 
@@ -39,6 +63,22 @@ class CheckpointMismatchError(UserError, RuntimeError):
         super().__init__('\n'.join(lines))
 
 
+class CheckpointFileError(UserError, ValueError):
+    """A checkpoint file cannot be read, or asks for what is not read; nothing of it was loaded."""
+
+
+class ModelConfigError(UserError, ValueError):
+    """A config.json asks for a model that is not built."""
+
+
+class PublishError(UserError, ValueError):
+    """A model cannot be published as was asked; nothing was sent or written."""
+
+
+class HubError(UserError, OSError):
+    """The Hugging Face Hub refused, or could not be reached; the cause is huggingface_hub's own error."""
+
+
 class DownloadError(UserError, OSError):
     """Files could not be downloaded; those that were stay, and the next run goes on from there."""
 
@@ -53,3 +93,65 @@ class SplitError(UserError, ValueError):
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot start or go on; the checkpoints written so far stay."""
+
+
+# requests.HTTPError (an OSError) or httpx.HTTPError: huggingface_hub's versions differ.
+_TRANSPORT_ERROR: Any = HfHubHTTPError.__mro__[1]
+_LOG_IN = 'log in with `hf auth login`, or set HF_TOKEN, to an account that may'
+
+
+@contextmanager
+def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a HubError whose message says what to do next.
+
+    Args:
+        repo_id: Repository, OWNER/NAME.
+        doing: What is being tried: 'load', 'publish'.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except GatedRepoError as e:
+        advice = (f'It is gated: ask for access on {constants.ENDPOINT}/{repo_id}, then {_LOG_IN} read it.')
+        raise _hub_error(e, repo_id, doing, advice) from e
+    except RepositoryNotFoundError as e:
+        advice = f'There is no such repository, or it is private. Check the name, or {_LOG_IN} {doing} it.'
+        raise _hub_error(e, repo_id, doing, advice) from e
+    except RevisionNotFoundError as e:
+        advice = f'It has no such revision: look at {constants.ENDPOINT}/{repo_id}/tree/main for those that it has.'
+        raise _hub_error(e, repo_id, doing, advice) from e
+    except LocalEntryNotFoundError as e:
+        advice = (
+            'HF_HUB_OFFLINE is set and the cache does not have it: run once with HF_HUB_OFFLINE=0, or copy the cache '
+            '(HF_HOME) from a machine that has it.' if constants.HF_HUB_OFFLINE else
+            f'{constants.ENDPOINT} could not be reached and the cache does not have it: check the connection and '
+            f'HF_ENDPOINT, and run again.')
+        raise _hub_error(e, repo_id, doing, advice) from e
+    except EntryNotFoundError as e:
+        advice = (
+            'It lacks a file that this needs. Weights must be there as model.safetensors: pickles from the Hub are '
+            'not loaded. `timm-densese publish` writes what is needed.')
+        raise _hub_error(e, repo_id, doing, advice) from e
+    except SafetensorError as e:
+        file = try_to_load_from_cache(repo_id.split('@')[0], 'model.safetensors')
+        where = f'Delete {file} and run again' if isinstance(file, str) else 'Download it again'
+        advice = f'Its model.safetensors is damaged. {where}; if it fails again, tell its owner.'
+        raise _hub_error(e, repo_id, doing, advice) from e
+    except HfHubHTTPError as e:
+        status = e.response.status_code if e.response is not None else 0
+        advice = (f'The token was refused: {_LOG_IN} {doing} it.' if status in (401, 403) else
+                  'The Hub is at fault or busy: run again later.' if status >= 500 or status == 429 else
+                  'The Hub does not take this request.')
+        raise _hub_error(e, repo_id, doing, advice) from e
+    except (_TRANSPORT_ERROR, OSError) as e:
+        if isinstance(e, FileNotFoundError):
+            raise
+        advice = 'The connection broke and several attempts failed. Nothing half-sent or half-read is used: run again.'
+        raise _hub_error(e, repo_id, doing, advice) from e
+
+
+def _hub_error(error: Exception, repo_id: str, doing: str, advice: str) -> HubError:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    found = lines[0].split(' (Request ID')[0] if lines else ''
+    return HubError(f'Could not {doing} {repo_id} ({type(error).__name__}: {found}). {advice}')

@@ -1,19 +1,45 @@
 """Figures and tables about the models."""
+from typing import Any, Dict
+
 import timm
 import torch
+import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .se_densenet import SE_PLACEMENTS, default_cfgs
 
-__all__ = ['models_table']
+__all__ = ['model_stats', 'models_table']
+
+
+def model_stats(model: Any) -> Dict[str, float]:
+    """Count a model's parameters, multiply-adds and activations for one image, in millions.
+
+    Counted as timm's model cards do: convolutions and matrix products, neither norms nor the gates' scaling;
+    activations are the outputs of convolutions and linear layers.
+
+    Args:
+        model: Model on the meta device, so that nothing is run.
+
+    Returns:
+        `params`, `macs`, `activations`.
+    """
+    outputs = []
+    handles = [m.register_forward_hook(lambda module, args, output: outputs.append(output.numel()))
+               for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    size = model.pretrained_cfg['input_size'][1:]
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(torch.empty(1, model.in_chans, *size, device='meta'))
+    for handle in handles:
+        handle.remove()
+    return {
+        'params': sum(p.numel() for p in model.parameters()) / 1e6,
+        'macs': counter.get_total_flops() / 2e6,
+        'activations': sum(outputs) / 1e6,
+    }
 
 
 def models_table() -> str:
-    """Compute the table of registered models, in Markdown: parameters and multiply-adds for each placement.
-
-    Counted on the meta device at the default input size, so nothing is run. The counter sees convolutions and
-    matrix products, as is usual, and neither norms nor the gates' scaling.
-    """
+    """Compute the table of registered models, in Markdown: parameters and multiply-adds for each placement."""
     header = ['model', 'start from', 'input', 'DenseNet', *(f"`'{p}'`" for p in SE_PLACEMENTS)]
     lines = ['| ' + ' | '.join(header) + ' |', '|' + '---|' * len(header)]
     for name, cfg in sorted(default_cfgs.items()):
@@ -22,14 +48,12 @@ def models_table() -> str:
         cells = [f'`{name}`', ', '.join(tags) or 'no weights exist', f'{size[1]}x{size[2]}']
         for placement in (None, *SE_PLACEMENTS):
             if placement is None:
-                model = timm.create_model(name[len('se_'):], device='meta').eval()
+                model = timm.create_model(name[len('se_'):], device='meta')
             else:
-                model = timm.create_model(name, device='meta', se_placement=placement).eval()
-            with FlopCounterMode(display=False) as counter:
-                model(torch.empty(1, *size, device='meta'))
+                model = timm.create_model(name, device='meta', se_placement=placement)
+            stats = model_stats(model)
             sites = len(getattr(model, 'attn_sites', ()))
             where = f', {sites} SE' if sites else ''
-            params = sum(p.numel() for p in model.parameters())
-            cells.append(f'{params / 1e6:.2f} M, {counter.get_total_flops() / 2e9:.3f} G{where}')
+            cells.append(f'{stats["params"]:.2f} M, {stats["macs"] / 1e3:.3f} G{where}')
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)

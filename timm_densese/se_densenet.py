@@ -6,6 +6,8 @@ Papers:
     * `Making Convolutional Networks Shift-Invariant Again` - https://arxiv.org/abs/1904.11486
 """
 from collections import OrderedDict
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
@@ -13,11 +15,13 @@ import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import BlurPool2d
 from timm.models import build_model_with_cfg, densenet, generate_default_cfgs, register_model
+from timm.models._builder import resolve_pretrained_cfg
 from timm.models._manipulate import MATCH_PREV_GROUP
 
 from .attention import create_channel_attn
+from .checks import MAX_PARAMETERS, check_checkpoint_file, check_model_args
 from .dense_block import SEDenseLayer
-from .errors import CheckpointMismatchError
+from .errors import CheckpointMismatchError, ModelConfigError, hub_errors
 from .transfer import checkpoint_filter_fn
 
 __all__ = ['SEDenseNet']
@@ -161,14 +165,45 @@ def _create_se_densenet(
     """Create an SE-DenseNet, with the weights of its DenseNet or of its own."""
     kwargs['growth_rate'] = growth_rate
     kwargs['block_config'] = block_config
-    return build_model_with_cfg(
-        SEDenseNet,
-        variant,
-        pretrained,
-        feature_cfg=dict(flatten_sequential=True),
-        pretrained_filter_fn=checkpoint_filter_fn,
-        **kwargs,
-    )
+    cfg = kwargs.get('pretrained_cfg')
+    if isinstance(cfg, dict) and cfg.get('source') in ('hf-hub', 'local-dir'):
+        model_args = {'num_classes': cfg.get('num_classes', 1000), **(kwargs.get('pretrained_model_args') or {})}
+        _check_config(variant, cfg, dict(growth_rate=growth_rate, block_config=block_config), model_args)
+    source = resolve_pretrained_cfg(variant, cfg, kwargs.get('pretrained_cfg_overlay'))
+    hub_id = None if not pretrained or source.file or source.state_dict else source.hf_hub_id
+    with hub_errors(hub_id, 'load') if hub_id else nullcontext():
+        return build_model_with_cfg(
+            SEDenseNet,
+            variant,
+            pretrained,
+            feature_cfg=dict(flatten_sequential=True),
+            pretrained_filter_fn=checkpoint_filter_fn,
+            **kwargs,
+        )
+
+
+def _check_config(
+        variant: str,
+        cfg: Dict[str, Any],
+        defaults: Dict[str, Any],
+        model_args: Dict[str, Any],
+) -> None:
+    """Refuse a config.json, from a repository or a folder, before memory is taken for what it describes."""
+    check_model_args(variant, model_args)
+    params = sum(p.numel() for p in SEDenseNet(device='meta', **{**defaults, **model_args}).parameters())
+    if params > MAX_PARAMETERS:
+        raise ModelConfigError(
+            f'The config.json for {variant} is refused, nothing was built from it: it describes {params / 1e9:.1f} '
+            f'billion parameters, {MAX_PARAMETERS / 1e9:.1f} billion is the limit.')
+    cfg['custom_load'] = False
+    if cfg['source'] == 'hf-hub':
+        cfg['hf_hub_filename'] = 'model.safetensors'  # never a pickle
+    else:
+        folder = Path(cfg['file'])
+        if not (folder / 'model.safetensors').exists():
+            for file in folder.iterdir():
+                if file.suffix in ('.bin', '.pth', '.tar'):
+                    check_checkpoint_file(file)
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
@@ -178,6 +213,7 @@ def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
         'crop_pct': 0.875, 'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
         'first_conv': 'features.conv0', 'classifier': 'classifier', 'license': 'apache-2.0',
+        'hf_hub_filename': 'model.safetensors',  # never a pickle
         **kwargs,
     }
 

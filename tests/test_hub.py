@@ -1,0 +1,453 @@
+"""Publishing and loading with the real client, against a Hub on this machine."""
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from conftest import MSLD, SMALL, needs_msld, put_on_hub
+from hub_server import Fault, HubServer
+from PIL import Image
+
+import timm_densese
+from timm_densese.cli import main
+from timm_densese.data import split_images
+from timm_densese.errors import CheckpointMismatchError, HubError, PublishError
+
+IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+CLASSES = ['chickenpox', 'measles', 'monkeypox']
+
+
+@pytest.fixture
+def owner(monkeypatch, hub: HubServer):
+    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
+    hub.faults.clear()
+    yield hub
+    assert not any(f.times for f in hub.faults), 'a fault that was set up did not happen'
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """The client's pauses between attempts, in no time; the attempts are the real ones."""
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+
+
+@pytest.fixture
+def cold_cache(monkeypatch, tmp_path):
+    for module in ('huggingface_hub.constants', 'huggingface_hub.file_download.constants'):
+        monkeypatch.setattr(f'{module}.HF_HUB_CACHE', str(tmp_path / 'cache'))
+    return tmp_path / 'cache'
+
+
+_seeds = itertools.count(1)
+
+
+def save_run(folder, net=None, prefix='', args=None, saved=None):
+    """A checkpoint as the loops write it, with raw and averaged weights that differ."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if net is None:
+        torch.manual_seed(next(_seeds))  # other weights in each test: the Hub would know the same again
+        net = timm.create_model('se_densenet121', num_classes=3, **SMALL)
+    with torch.no_grad():
+        raw = {prefix + k: v + .01 if v.is_floating_point() else v for k, v in net.state_dict().items()}
+        ema = {prefix + k: v.clone() for k, v in net.state_dict().items()}
+    state = {'arch': 'se_densenet121', 'epoch': 7, 'metric': .25, 'state_dict': raw, 'state_dict_ema': ema}
+    torch.save({**state, **(saved or {})}, folder / 'model_best.pth.tar')
+    options = {'model': 'se_densenet121', 'model_kwargs': dict(SMALL), 'class_names': CLASSES, 'eval_metric': 'loss',
+               'input_size': [3, 64, 64], 'mean': [.1, .2, .3], 'std': [.4, .5, .6], 'lr': .001, 'pretrained': False,
+               'data_dir': str(folder / 'secret-place')}
+    (folder / 'args.yaml').write_text(yaml.safe_dump({**options, **(args or {})}))
+    return folder / 'model_best.pth.tar', net.eval()
+
+
+@torch.inference_mode()
+def same(model, expected) -> bool:
+    return torch.equal(model.eval()(IMAGE), expected.eval()(IMAGE))
+
+
+# Publish and load.
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', 'module._orig_mod.'])
+def test_published_model_gives_the_same_logits(prefix, owner, tmp_path, capsys):
+    checkpoint, net = save_run(tmp_path / 'run', prefix=prefix)
+    repo = f'owner/push{len(prefix)}'
+    url = timm_densese.publish(checkpoint, repo)
+    assert sorted(owner.repos[repo].files('main')) == ['README.md', 'config.json', 'model.safetensors']
+
+    out = capsys.readouterr().out
+    assert all(file in out for file in ('README.md', 'config.json', 'model.safetensors'))
+    assert f'{len(owner.read(repo, "model.safetensors")):,} bytes' in out
+    assert url == f'{owner.endpoint}/{repo}/commit/{owner.repos[repo].refs["main"]}'
+    assert url in out
+    namespace: dict = {}
+    exec('\n'.join(line.strip() for line in out.split('Load it with\n')[1].splitlines()), namespace)
+
+    loaded = timm.create_model(f'hf-hub:{repo}', pretrained=True)
+    assert same(loaded, net)
+    assert loaded.pretrained_cfg['label_names'] == CLASSES
+    config = timm.data.resolve_model_data_config(loaded)
+    assert config['input_size'] == (3, 64, 64)
+    assert [*config['mean'], *config['std']] == [.1, .2, .3, .4, .5, .6]
+
+
+def test_loading_with_other_heads(owner, tmp_path):
+    checkpoint, net = save_run(tmp_path / 'run')
+    timm_densese.publish(checkpoint, 'owner/heads')
+    other = timm.create_model('hf-hub:owner/heads', pretrained=True, num_classes=5)
+    pooled = timm.create_model('hf-hub:owner/heads', pretrained=True, num_classes=0)
+    features = timm.create_model('hf-hub:owner/heads', pretrained=True, features_only=True, out_indices=(0, 1, 2, 3))
+    with torch.inference_mode():
+        assert other.eval()(IMAGE).shape == (2, 5)
+        assert torch.equal(other.forward_features(IMAGE), net.forward_features(IMAGE))
+        assert torch.equal(pooled.eval()(IMAGE), net.forward_head(net.forward_features(IMAGE), pre_logits=True))
+        for ours, theirs in zip(
+                features.eval()(IMAGE), net.forward_intermediates(IMAGE, intermediates_only=True), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize('placement', timm_densese.SE_PLACEMENTS)
+def test_model_arguments_travel(placement, owner, tmp_path):
+    kwargs = dict(SMALL, se_placement=placement, rd_ratio=.25, gate_layer='hard_sigmoid')
+    net = timm.create_model('se_densenet121', num_classes=3, in_chans=1, **kwargs)
+    checkpoint, net = save_run(
+        tmp_path / 'run', net, args={'model_kwargs': kwargs, 'input_size': [1, 64, 64], 'mean': [.1], 'std': [.4]})
+    timm_densese.publish(checkpoint, f'owner/{placement}')
+    loaded = timm.create_model(f'hf-hub:owner/{placement}', pretrained=True).eval()
+    with torch.inference_mode():
+        assert torch.equal(loaded(IMAGE[:, :1]), net(IMAGE[:, :1]))
+
+
+def test_arguments_given_by_hand_replace_the_record(owner, tmp_path, capsys):
+    net = timm.create_model('se_densenet121', num_classes=3, se_placement='stage', **SMALL)
+    torch.save(net.state_dict(), tmp_path / 'bare.pth')
+    with pytest.raises(PublishError, match='--model se_densenet121'):
+        timm_densese.publish(tmp_path / 'bare.pth', 'owner/bare')
+    for label in CLASSES:
+        (tmp_path / 'data' / 'train' / label).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / 'data' / 'train' / label / 'a.png')
+    assert main([
+        'publish', str(tmp_path / 'bare.pth'), 'owner/bare', '--model', 'se_densenet121', '--model-kwargs',
+        'growth_rate=8', 'block_config=(2,3,2)', 'se_placement=stage', '--data', str(tmp_path / 'data')]) == 0
+    loaded = timm.create_model('hf-hub:owner/bare', pretrained=True)
+    assert same(loaded, net)
+    assert loaded.pretrained_cfg['label_names'] == CLASSES
+
+
+def test_arguments_inside_the_checkpoint(owner, tmp_path):
+    args = argparse.Namespace(model='se_densenet121', model_kwargs=dict(SMALL), gp=None, img_size=64, data_dir=None)
+    checkpoint, net = save_run(tmp_path / 'run', saved={'args': args})
+    (tmp_path / 'run' / 'args.yaml').unlink()
+    timm_densese.publish(checkpoint, 'owner/inside')
+    loaded = timm.create_model('hf-hub:owner/inside', pretrained=True)
+    assert same(loaded, net)
+    assert 'label_names' not in json.loads(owner.read('owner/inside', 'config.json'))
+
+
+def test_folder_instead_of_the_hub(tmp_path, capsys, hub):
+    checkpoint, net = save_run(tmp_path / 'run')
+    asked = len(hub.requests)
+    assert main(['publish', str(checkpoint), 'owner/name', '--to', str(tmp_path / 'out')]) == 0
+    assert len(hub.requests) == asked
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    assert same(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), net)
+
+    (tmp_path / 'out' / 'notes.txt').write_text('mine')
+    capsys.readouterr()
+    assert main(['publish', str(checkpoint), 'owner/name', '--to', str(tmp_path / 'out')]) == 1
+    assert 'not empty' in capsys.readouterr().err
+    assert (tmp_path / 'out' / 'notes.txt').read_text() == 'mine'
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
+
+
+def test_transformers_wrapper(owner, tmp_path):
+    transformers = pytest.importorskip('transformers', reason='transformers is missing: pip install transformers')
+    checkpoint, net = save_run(tmp_path / 'run')
+    timm_densese.publish(checkpoint, 'owner/wrapped')
+    model = transformers.AutoModelForImageClassification.from_pretrained('owner/wrapped').eval()
+    assert type(model).__name__ == 'TimmWrapperForImageClassification'
+    assert list(model.config.id2label.values()) == CLASSES
+    with torch.inference_mode():
+        assert torch.equal(model(IMAGE).logits, net(IMAGE))
+    processor = transformers.AutoImageProcessor.from_pretrained('owner/wrapped')
+    assert processor(Image.new('RGB', (80, 80)))['pixel_values'].shape == (1, 3, 64, 64)
+
+
+# Repositories that are there already.
+
+
+def test_own_readme_is_kept_unless_confirmed(owner, tmp_path, capsys):
+    checkpoint, _ = save_run(tmp_path / 'run')
+    owner.put('owner/readme', {'README.md': b'written by hand'})
+    assert main(['publish', str(checkpoint), 'owner/readme']) == 0  # no terminal to ask on
+    assert 'stays as it is' in capsys.readouterr().out
+    assert owner.read('owner/readme', 'README.md') == b'written by hand'
+    assert same(timm.create_model('hf-hub:owner/readme', pretrained=True), save_run(tmp_path / 'x')[1]) is False
+
+    asked = []
+    timm_densese.publish(checkpoint, 'owner/readme', confirm=lambda question: asked.append(question) or True)
+    assert 'owner/readme has a README.md' in asked[0]
+    assert b'# Model card for readme' in owner.read('owner/readme', 'README.md')
+    commits = len(owner.repos['owner/readme'].commits)
+    timm_densese.publish(checkpoint, 'owner/readme', confirm=lambda question: pytest.fail('the same card'))
+    assert len(owner.repos['owner/readme'].commits) == commits
+
+
+def test_overwriting_serves_the_new_weights(owner, tmp_path):
+    first, _ = save_run(tmp_path / 'a')
+    second, net = save_run(tmp_path / 'b')
+    timm_densese.publish(first, 'owner/twice')
+    timm.create_model('hf-hub:owner/twice', pretrained=True)
+    timm_densese.publish(second, 'owner/twice')
+    assert same(timm.create_model('hf-hub:owner/twice', pretrained=True), net)
+
+
+def test_revisions_and_pull_requests(owner, tmp_path, monkeypatch):
+    (first, a), (second, b), (third, c) = (save_run(tmp_path / name) for name in 'abc')
+    timm_densese.publish(first, 'owner/branches')
+    timm_densese.publish(second, 'owner/branches', revision='v2')
+    assert same(timm.create_model('hf-hub:owner/branches', pretrained=True), a)
+    assert same(timm.create_model('hf-hub:owner/branches@v2', pretrained=True), b)
+    with pytest.raises(HubError, match='no such revision'):
+        timm.create_model('se_densenet121', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='owner/branches@v3'))
+
+    monkeypatch.setenv('HF_TOKEN', 'hf_stranger')  # who may not write there
+    with pytest.raises(HubError, match=r'token was refused.*HF_TOKEN'):
+        timm_densese.publish(third, 'owner/branches')
+    url = timm_densese.publish(third, 'owner/branches', create_pr=True)
+    assert url == f'{owner.endpoint}/owner/branches/discussions/1'
+    assert same(timm.create_model('hf-hub:owner/branches', pretrained=True), a)
+    assert owner.read('owner/branches', 'model.safetensors', 'refs/pr/1') == safetensors.torch.save(c.state_dict())
+    with pytest.raises(PublishError, match='not both'):
+        timm_densese.publish(third, 'owner/branches', create_pr=True, revision='v2')
+
+
+# Refused.
+
+
+def test_private_missing_and_gated(owner, tmp_path, monkeypatch, cold_cache):
+    checkpoint, net = save_run(tmp_path / 'run')
+    timm_densese.publish(checkpoint, 'owner/private', private=True)
+    assert owner.repos['owner/private'].private
+    assert same(timm.create_model('hf-hub:owner/private', pretrained=True), net)
+    owner.put('timm/gated', {'model.safetensors': b''}, gated=True)
+
+    monkeypatch.delenv('HF_TOKEN')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cold'))
+    # timm reads config.json first, and then it is huggingface_hub's own message.
+    with pytest.raises(Exception, match=r'401[\s\S]*make sure you are authenticated'):
+        timm.create_model('hf-hub:owner/private', pretrained=True, cache_dir=tmp_path / 'cold')
+    for repo, said in (('owner/private', 'it is private'), ('timm/missing', 'no such repository'),
+                       ('timm/gated', r'gated: ask for access on http://127.*/timm/gated')):
+        with pytest.raises(HubError, match=f'{repo}[\\s\\S]*{said}[\\s\\S]*HF_TOKEN'):
+            timm.create_model('se_densenet121', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=repo),
+                              cache_dir=tmp_path / 'cold')
+    with pytest.raises(HubError, match=r'(token was refused|no such repository).*HF_TOKEN'):
+        timm_densese.publish(checkpoint, 'owner/private')
+    monkeypatch.setenv('HF_TOKEN', 'hf_wrong')
+    with pytest.raises(HubError, match=r'token was refused.*HF_TOKEN'):
+        timm.create_model('se_densenet121', pretrained=True, cache_dir=tmp_path / 'cold',
+                          pretrained_cfg_overlay=dict(hf_hub_id='owner/private'))
+    assert [p for p in (tmp_path / 'cold').rglob('*') if p.is_file() and p.suffix != '.TAG'] == []
+
+
+def test_private_does_not_hide_what_is_public(owner, tmp_path):
+    checkpoint, _ = save_run(tmp_path / 'run')
+    owner.put('owner/public', {'a.txt': b'a'})
+    with pytest.raises(PublishError, match='exists and is public'):
+        timm_densese.publish(checkpoint, 'owner/public', private=True)
+    assert owner.repos['owner/public'].files('main').keys() == {'a.txt'}
+
+
+@pytest.mark.parametrize('repo', ['name', '../../etc/passwd', 'owner/../x', 'owner/a b', 'owner/x.git', '/abs/path'])
+def test_names_that_are_no_repository(repo, tmp_path, hub):
+    checkpoint, _ = save_run(tmp_path / 'run')
+    asked = len(hub.requests)
+    with pytest.raises(PublishError, match='no name of a repository'):
+        timm_densese.publish(checkpoint, repo)
+    assert len(hub.requests) == asked
+
+
+def test_classes_that_do_not_fit(owner, tmp_path):
+    checkpoint, _ = save_run(tmp_path / 'run', args={'class_names': ['a', 'b']})
+    with pytest.raises(PublishError, match='3 outputs'):
+        timm_densese.publish(checkpoint, 'owner/labels')
+    checkpoint, _ = save_run(tmp_path / 'run')
+    (tmp_path / 'data' / 'train' / 'other').mkdir(parents=True)
+    Image.new('RGB', (8, 8)).save(tmp_path / 'data' / 'train' / 'other' / 'a.png')
+    with pytest.raises(PublishError, match='the run recorded'):
+        timm_densese.publish(checkpoint, 'owner/labels', data=tmp_path / 'data')
+    with pytest.raises(CheckpointMismatchError, match='se_placement'):
+        timm_densese.publish(checkpoint, 'owner/labels', model_kwargs={'se_placement': 'layer'})
+    densenet = timm.create_model('densenet121', num_classes=3, **SMALL)
+    torch.save({'arch': 'densenet121', 'state_dict': densenet.state_dict()}, tmp_path / 'plain.pth')
+    with pytest.raises(PublishError, match='push_to_hf_hub'):
+        timm_densese.publish(tmp_path / 'plain.pth', 'owner/labels', model_kwargs=dict(SMALL))
+    assert 'owner/labels' not in owner.repos
+
+
+def test_files_that_rebuild_another_model_are_not_sent(owner, tmp_path, monkeypatch):
+    checkpoint, _ = save_run(tmp_path / 'run')
+    real = timm_densese.hub.save_for_hf
+
+    def damaged(model, folder, **kwargs):  # a disk that writes other bytes than it was given
+        real(model, folder, **kwargs)
+        state = {k: v + 1e-3 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        safetensors.torch.save_file(state, f'{folder}/model.safetensors')
+
+    monkeypatch.setattr('timm_densese.hub.save_for_hf', damaged)
+    with pytest.raises(PublishError, match='other logits'):
+        timm_densese.publish(checkpoint, 'owner/damaged')
+    assert 'owner/damaged' not in owner.repos
+
+
+# Connections.
+
+
+def test_upload_that_breaks_is_retried(owner, tmp_path, no_waiting):
+    checkpoint, net = save_run(tmp_path / 'run')
+    owner.faults = [Fault('^PUT /lfs/', drop_after=1000), Fault('^PUT /lfs/', status=503)]
+    timm_densese.publish(checkpoint, 'owner/retried')
+    assert same(timm.create_model('hf-hub:owner/retried', pretrained=True), net)
+
+
+def test_upload_that_keeps_breaking_is_a_clear_error(owner, tmp_path, no_waiting):
+    checkpoint, net = save_run(tmp_path / 'run')
+    owner.faults = [Fault('^PUT /lfs/owner/broken', drop_after=1000, times=6)]
+    with pytest.raises(HubError, match=r'Could not publish owner/broken.*run again') as e:
+        timm_densese.publish(checkpoint, 'owner/broken')
+    assert isinstance(e.value.__cause__, Exception)
+    assert owner.repos['owner/broken'].files('main') == {}  # nothing half-sent is visible
+    timm_densese.publish(checkpoint, 'owner/broken')
+    assert same(timm.create_model('hf-hub:owner/broken', pretrained=True), net)
+
+
+def test_upload_in_parts(owner, tmp_path):
+    net = timm.create_model('se_densenet121', num_classes=3)
+    checkpoint, net = save_run(tmp_path / 'run', net, args={'model_kwargs': {}})
+    timm_densese.publish(checkpoint, 'owner/parts')
+    assert sum(r.startswith('PUT /lfs/owner/parts') for r in owner.requests) == 4
+    assert owner.read('owner/parts', 'model.safetensors') == safetensors.torch.save(net.state_dict())
+
+
+def test_download_that_breaks_is_resumed(owner, tmp_path, no_waiting, cold_cache):
+    checkpoint, net = save_run(tmp_path / 'run')
+    timm_densese.publish(checkpoint, 'owner/resumed')
+    owner.faults = [Fault('^GET /cdn/owner/resumed', drop_after=20_000), Fault('^GET /cdn/owner/resumed', delay=.5)]
+    assert same(timm.create_model('hf-hub:owner/resumed', pretrained=True, cache_dir=cold_cache), net)
+
+
+def test_download_that_keeps_breaking_leaves_nothing(owner, tmp_path, no_waiting, cold_cache):
+    checkpoint, net = save_run(tmp_path / 'run')
+    timm_densese.publish(checkpoint, 'owner/dropped')
+    owner.faults = [Fault('^GET /cdn/owner/dropped', drop_after=0, times=6)]
+    with pytest.raises(HubError, match=r'Could not load owner/dropped.*run again'):
+        timm.create_model('hf-hub:owner/dropped', pretrained=True, cache_dir=cold_cache)
+    left = [p for p in cold_cache.rglob('*') if 'safetensors' in p.name or 'incomplete' in p.name]
+    assert left == []
+    assert same(timm.create_model('hf-hub:owner/dropped', pretrained=True, cache_dir=cold_cache), net)
+
+
+def test_damaged_files_are_named(owner, tmp_path, no_waiting, cold_cache):
+    checkpoint, net = save_run(tmp_path / 'run')
+    timm_densese.publish(checkpoint, 'owner/sound')
+    weights = owner.read('owner/sound', 'model.safetensors')
+    config = owner.read('owner/sound', 'config.json')
+
+    # Shorter than the Hub says: not taken into the cache.
+    owner.faults = [Fault('^GET /cdn/owner/sound', tamper=weights[:-100])]
+    with pytest.raises(HubError, match=r'owner/sound.*size'):
+        timm.create_model('hf-hub:owner/sound', pretrained=True, cache_dir=cold_cache)
+    assert same(timm.create_model('hf-hub:owner/sound', pretrained=True, cache_dir=cold_cache), net)
+
+    for name, data in (('header', b'\xff' * 8 + weights[8:]), ('cut', weights[:-100]), ('empty', b'')):
+        owner.put(f'owner/{name}', {'config.json': config, 'model.safetensors': data})
+        with pytest.raises(HubError, match=r'model.safetensors is damaged.*tell its owner'):
+            timm.create_model(f'hf-hub:owner/{name}', pretrained=True, cache_dir=cold_cache)
+
+
+CODE = 'import sys, timm, timm_densese; timm.create_model(sys.argv[1], pretrained=True); print("loaded")'
+
+
+def run_alone(home, hub, model, **env):
+    return subprocess.Popen(
+        [sys.executable, '-c', CODE, model], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, 'HF_HOME': str(home), 'HF_ENDPOINT': hub.endpoint, **env})
+
+
+def test_offline_with_a_warm_and_a_cold_cache(owner, tmp_path):
+    checkpoint, _ = save_run(tmp_path / 'run')
+    timm_densese.publish(checkpoint, 'owner/offline')
+    put_on_hub(owner, 'timm/densenet121.ra_in1k', timm.create_model('densenet121'))
+    for model in ('hf-hub:owner/offline', 'se_densenet121'):
+        for offline, home, status in (('0', 'warm', 0), ('1', 'warm', 0), ('1', 'cold', 1)):
+            process = run_alone(tmp_path / home, owner, model, HF_HUB_OFFLINE=offline)
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == status, err
+    assert 'HF_HUB_OFFLINE is set and the cache does not have it: run once with HF_HUB_OFFLINE=0' in err
+
+
+def test_stalled_download_is_resumed(owner, tmp_path):
+    checkpoint, _ = save_run(tmp_path / 'run')
+    timm_densese.publish(checkpoint, 'owner/stalled')
+    owner.faults = [Fault('^GET /cdn/owner/stalled', drop_after=20_000, delay=5)]
+    process = run_alone(tmp_path / 'home', owner, 'hf-hub:owner/stalled', HF_HUB_DOWNLOAD_TIMEOUT='1')
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (0, 'loaded\n'), err
+    assert 'Trying to resume download' in err
+
+
+def test_two_processes_downloading_at_once(owner, tmp_path):
+    checkpoint, _ = save_run(tmp_path / 'run', timm.create_model('se_densenet121', num_classes=3),
+                             args={'model_kwargs': {}})
+    timm_densese.publish(checkpoint, 'owner/shared')
+    owner.faults = [Fault('^GET /cdn/owner/shared', delay=2)]  # long enough for the second to arrive
+    processes = [run_alone(tmp_path / 'home', owner, 'hf-hub:owner/shared') for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, 'loaded\n'), err
+    assert sum(r.startswith('GET /cdn/owner/shared') for r in owner.requests) == 1
+
+
+# Secrets.
+
+
+def test_token_appears_nowhere(tmp_path, hub):
+    """Publish in a process of its own, well and badly; look at all that it printed, sent and wrote."""
+    token = 'hf_abcdefghijklmnopqrstuvwxyz'
+    hub.tokens[token] = 'owner'
+    checkpoint, _ = save_run(tmp_path / 'run')
+    said = ''
+    for repo, faults in (('owner/quiet', []), ('someone/quiet', []),
+                         ('owner/quiet2', [Fault('^POST /api/models/owner/quiet2/commit', status=500)])):
+        hub.faults = faults
+        result = subprocess.run(
+            [sys.executable, '-m', 'timm_densese', 'publish', str(checkpoint), repo], capture_output=True, text=True,
+            timeout=120, env={**os.environ, 'HF_TOKEN': token, 'HF_HOME': str(tmp_path), 'HF_HUB_VERBOSITY': 'info'})
+        said += result.stdout + result.stderr
+        assert (result.returncode == 0) == (repo == 'owner/quiet'), result.stderr
+        assert 'Traceback' not in result.stderr
+    written = b''.join(p.read_bytes() for p in [*tmp_path.rglob('*'), *hub.root.iterdir()] if p.is_file())
+    assert 'Could not publish someone/quiet' in said
+    assert token not in said
+    assert token.encode() not in written
+    assert b'secret-place' not in b''.join(
+        hub.read('owner/quiet', p) for p in ('README.md', 'config.json', 'model.safetensors'))
+
+
+@needs_msld
+def test_msld_is_recognised_by_its_images(tmp_path, owner):
+    split_images(MSLD, tmp_path / 'split')
+    net = timm.create_model('se_densenet121', num_classes=2, **SMALL)
+    checkpoint, _ = save_run(tmp_path / 'run', net, args={'class_names': None, 'data_dir': str(tmp_path / 'split')})
+    timm_densese.publish(checkpoint, 'owner/msld')
+    card = owner.read('owner/msld', 'README.md').decode()
+    assert 'license: other' in card
+    assert 'Monkeypox, Others' in card
+    assert 'never for diagnosis' in card

@@ -1,0 +1,157 @@
+"""What somebody else wrote (a config.json, a checkpoint) is checked here before memory is taken for it.
+
+No code from a repository is ever run: models are this package's, weights are safetensors, and a pickle is read only if
+it holds nothing but tensors, plain values and an argparse.Namespace.
+"""
+import argparse
+import pickletools
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, Dict, Mapping
+
+import torch
+
+from .errors import CheckpointFileError, ModelConfigError
+
+__all__ = ['MAX_PARAMETERS', 'check_checkpoint_file', 'check_model_args', 'read_checkpoint']
+
+MAX_PARAMETERS = 2 ** 30  # 15 times se_densenet264d
+
+
+def _whole(low: int, high: int) -> Any:
+    return lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
+
+
+def _real(v: Any) -> bool:
+    return isinstance(v, (int, float)) and 0 <= v <= 1
+
+
+def _text(v: Any) -> bool:
+    return isinstance(v, str) and len(v) <= 64
+
+
+def _flag(v: Any) -> bool:
+    return isinstance(v, bool)
+
+
+# The arguments of SEDenseNet that JSON can hold, and what their values may be. Far above what is useful, and low
+# enough that a model of these sizes is counted, on the meta device, in no time.
+_MODEL_ARGS = {
+    'growth_rate': _whole(1, 1024),
+    'block_config': lambda v: isinstance(v, (list, tuple)) and 1 <= len(v) <= 8 and all(map(_whole(1, 512), v)),
+    'num_classes': _whole(0, 2 ** 20),
+    'in_chans': _whole(1, 1024),
+    'bn_size': _whole(1, 64),
+    'rd_channels': _whole(1, 2 ** 16),
+    'rd_ratio': _real,
+    'drop_rate': _real,
+    'proj_drop_rate': _real,
+    'memory_efficient': _flag,
+    'aa_stem_only': _flag,
+    'se_placement': _text,
+    'attn_layer': _text,
+    'gate_layer': _text,
+    'global_pool': _text,
+    'stem_type': _text,
+    'act_layer': _text,
+    'norm_layer': _text,
+}
+
+
+def check_model_args(arch: str, args: Mapping[str, Any]) -> None:
+    """Check a model's arguments that came from a file.
+
+    Args:
+        arch: Name of the model, for the message.
+        args: Arguments by name.
+
+    Raises:
+        ModelConfigError: An argument is not one of SEDenseNet's, or its value is absurd.
+    """
+    unknown = sorted(str(name)[:64] for name in args if name not in _MODEL_ARGS)
+    absurd = sorted(f'{name}={value!r:.64}' for name, value in args.items()
+                    if name in _MODEL_ARGS and value is not None and not _MODEL_ARGS[name](value))
+    if unknown or absurd:
+        raise ModelConfigError(
+            f'The config.json for {arch} is refused, nothing was built from it:'
+            + (f' {", ".join(unknown)} is not an argument of this model.' if unknown else '')
+            + (f' {", ".join(absurd)} is out of range.' if absurd else '')
+            + ' Ask whoever published it, or create the model yourself and load the weights with checkpoint_path.')
+
+
+# All that torch.save writes for tensors, and timm's checkpoints besides.
+_GLOBALS = re.compile(
+    r'torch (\w+Storage|Size|device|(b?float|u?int|complex)\d+|bool)|torch\.storage (Untyped|Typed)Storage|'
+    r'torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|argparse Namespace')
+
+
+def check_checkpoint_file(path: Path) -> None:
+    """Check a pickled checkpoint without loading it.
+
+    Args:
+        path: File that torch.save wrote.
+
+    Raises:
+        CheckpointFileError: It is not such a file, is damaged, unpacks to more than it holds, or its pickle asks for
+            anything but tensors and plain values.
+    """
+    def refuse(reason: str) -> CheckpointFileError:
+        return CheckpointFileError(f'{path} is refused, nothing of it was loaded: {reason}')
+
+    if not path.is_file():
+        raise CheckpointFileError(f'{path}: there is no such file. Give a checkpoint of a training.')
+    size = path.stat().st_size
+    if not zipfile.is_zipfile(path):
+        raise refuse(
+            f'its {size} bytes are not what torch.save writes. It is damaged, or older than torch 1.6: then load it '
+            f'where you trust it and save it again.')
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        packed = [e.filename for e in entries if e.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise refuse(f'{packed[0]} is compressed, which torch.save never does: it may unpack to any size.')
+        if sum(e.file_size for e in entries) > size:
+            raise refuse(f'its parts claim {sum(e.file_size for e in entries)} bytes, the file has {size}.')
+        pickles = [e for e in entries if e.filename.endswith('.pkl')]
+        if len(pickles) != 1 or pickles[0].file_size > 64 << 20:
+            raise refuse('it must hold one pickle of at most 64 MiB beside the tensors.')
+        try:
+            asked = {str(argument) for opcode, argument, _ in pickletools.genops(archive.read(pickles[0]))
+                     if 'GLOBAL' in opcode.name or opcode.name == 'INST'}
+        except (ValueError, zipfile.BadZipFile) as e:
+            raise refuse(f'its pickle is damaged ({e}).') from e
+    foreign = sorted(name for name in asked if not _GLOBALS.fullmatch(name))
+    if foreign:
+        raise refuse(
+            f'its pickle needs {", ".join(n.replace(" ", ".") for n in foreign)}, which is more than tensors and plain '
+            f'values: loading it could run code. If you trust it, load it with weights_only=False and save its '
+            f'state_dict again.')
+
+
+def read_checkpoint(path: Path) -> Dict[str, Any]:
+    """Read a checkpoint of timm's train.py or of `timm-densese train`, or a bare state dict.
+
+    Args:
+        path: File that torch.save wrote.
+
+    Returns:
+        What was saved, tensors on the CPU and mapped from the file until they are used.
+
+    Raises:
+        CheckpointFileError: As `check_checkpoint_file`; or tensors in it claim more than the file holds.
+    """
+    check_checkpoint_file(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except Exception as e:  # the unpickler and the reader raise whatever they meet
+        raise CheckpointFileError(f'{path} could not be read: {type(e).__name__}: {str(e).splitlines()[0]}') from e
+    if not isinstance(checkpoint, dict):
+        raise CheckpointFileError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint or state dict.')
+    for state_dict in (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict))):
+        tensors = [v for v in state_dict.values() if isinstance(v, torch.Tensor)]
+        # A stride of 0 makes a tensor of any size from one number.
+        if sum(t.numel() * t.element_size() for t in tensors) > path.stat().st_size:
+            raise CheckpointFileError(f'{path} is refused: its tensors claim more bytes than the file has.')
+    return checkpoint
