@@ -163,6 +163,7 @@ def report(runs: list[dict], weights: str, recipe: dict) -> None:
         'torch': torch.__version__, 'timm': timm.__version__, 'python': platform.python_version(),
         'interval': "95%, Student's t over runs, which share images", 'table': table, 'leaking': leaking, 'goal': goal,
         'runs': runs}, indent=1) + '\n')
+    write_card_metrics(table, weights, recipe)
 
     fig, ax = plt.subplots(figsize=(8, 3.6), layout='constrained')
     rows = [*table.items(), *leaking.items()]
@@ -187,6 +188,19 @@ def report(runs: list[dict], weights: str, recipe: dict) -> None:
                      for m in (row[metric] for metric in METRICS)]
             print(f'| {name} | {row["runs"]} | ' + ' | '.join(cells) + ' |')
         print(f'\n{goal}')
+
+
+def write_card_metrics(table: dict, weights: str, recipe: dict) -> None:
+    """Write se_densenet121's results, with the others to compare, as `timm-densese card --metrics` reads them."""
+    metrics = {name: {metric: {'value': m.pop('mean'), **m} for metric in METRICS if (m := dict(row[metric]))}
+               for name, row in table.items()}
+    ours = "se_densenet121 'final'"
+    RESULTS.with_name('se_densenet121_msld.json').write_text(json.dumps({
+        'dataset': {'name': 'MSLD', 'split': 'test'}, 'command': 'python benchmarks/msld.py DIR',
+        'conditions': f'Trained {weights}, {recipe["img_size"]} pixels, {recipe["epochs"]} epochs; means over '
+                      f'{table[ours]["runs"]} runs of {FOLDS} folds that part no patient.',
+        'interval': "95%, Student's t over runs, which share images", 'metrics': metrics.pop(ours),
+        'comparison': metrics}, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -142,7 +142,8 @@ def registered_card(name: str, metrics: Optional[Dict[str, Any]] = None) -> Mode
 
     Args:
         name: Name of the model, `se_densenet121` for example.
-        metrics: Measured metrics, see `read_metrics`.
+        metrics: Metrics of what was trained from it, see `read_metrics`. They are shown, and are not in the metadata,
+            which is about the weights themselves.
 
     Returns:
         The card.
@@ -176,8 +177,7 @@ def registered_card(name: str, metrics: Optional[Dict[str, Any]] = None) -> Mode
     data = ModelCardData(
         license='apache-2.0', library_name='timm', pipeline_tag='image-classification',
         tags=['image-classification', 'timm', 'densenet', 'squeeze-and-excitation'],
-        base_model=list(weights.values()) or None, datasets=['imagenet-1k'] if weights else None,
-        model_name=name, eval_results=_eval_results(metrics))
+        base_model=list(weights.values()) or None, datasets=['imagenet-1k'] if weights else None, model_name=name)
     return _card(
         data, name, f'A {densenet.replace("densenet", "DenseNet-")} with squeeze-and-excitation channel attention. '
         f'{start}', model, load, bool(weights), [], limits, '', metrics, comparison, '')
