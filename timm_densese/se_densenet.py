@@ -20,7 +20,7 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 
 from .attention import create_channel_attn
 from .checks import MAX_PARAMETERS, check_checkpoint_file, check_model_args
-from .dense_block import SEDenseLayer
+from .dense_block import DenseBlock, DenseFeatures, SEDenseLayer
 from .errors import CheckpointMismatchError, ModelConfigError, hub_errors
 from .transfer import checkpoint_filter_fn
 
@@ -79,9 +79,10 @@ class SEDenseNet(densenet.DenseNet):
         blocks = [name for name, module in self.features.named_children() if isinstance(module, densenet.DenseBlock)]
         features: OrderedDict[str, nn.Module] = OrderedDict()
         for name, module in self.features.named_children():
-            features[name] = module
             if not isinstance(module, densenet.DenseBlock):
+                features[name] = module
                 continue
+            features[name] = module = DenseBlock(module)
             index = name[len('denseblock'):]
             if se_placement == 'layer':
                 for layer_name, layer in list(module.items()):
@@ -99,7 +100,7 @@ class SEDenseNet(densenet.DenseNet):
                 self.attn_sites[f'features.se{index}'] = f'features.transition{index}.norm'
                 transition.add_module('se', create_se(conv.out_channels))
                 self.attn_sites[f'features.transition{index}.se'] = f'features.transition{index}.conv'
-        self.features = nn.Sequential(features)
+        self.features = DenseFeatures(features)
         # The taps have moved: feature_info names them, feature_ends counts them.
         taps = [str(info['module']).split('.', 1)[1] for info in self.feature_info]
         self.feature_ends = [list(features).index(tap) for tap in taps]
