@@ -1,10 +1,13 @@
 """How dense blocks are executed: plainly, in linear memory for training, or fused for inference.
 
-The weights are timm's, with timm's names. In linear memory: with batch statistics, a batch norm is x_hat = (x - mean) / sqrt(var + eps), then an affine map of each
-channel. Every layer of a dense block normalises the same earlier features with the same statistics, and only the affine
-map is its own. So each feature map is normalised once, when it is new, into one buffer that the layers after it read,
-and so does the norm that follows the block. Saved for backward are that buffer and each layer's bottleneck, which grow
-linearly with the layers; what lies between is recomputed in backward, by pointwise passes and never by a convolution.
+The weights are timm's, with timm's names, in the first two.
+
+In linear memory: with batch statistics, a batch norm is x_hat = (x - mean) / sqrt(var + eps), then an affine map of
+each channel. Every layer of a dense block normalises the same earlier features with the same statistics, and only the
+affine map is its own. So each feature map is normalised once, when it is new, into one buffer that the layers after it
+read, and so does the norm that follows the block. Saved for backward are that buffer and each layer's bottleneck, which
+grow linearly with the layers; what lies between is recomputed in backward, by pointwise passes and never by a
+convolution.
 
 Fused: a layer's second batch norm goes into its first convolution, the first becomes a scale and a shift. Each layer
 writes its features into one channels_last buffer, from which the next ones read; nothing is concatenated.
@@ -87,9 +90,8 @@ class DenseBlock(densenet.DenseBlock):
         Returns:
             The features and those of all layers, (B, C + layers * growth_rate, H, W).
         """
-        if not torch.jit.is_scripting():
-            if self.is_linear(init_features):
-                return self.forward_linear(init_features)
+        if not torch.jit.is_scripting() and self.is_linear(init_features):
+            return self.forward_linear(init_features)
         features = [init_features]
         for layer in self.values():
             features.append(layer(features))
@@ -257,14 +259,18 @@ def _after_conv2(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _normalise(x: torch.Tensor, eps: float) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    var, mean = torch.var_mean(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, (0, 2, 3), unbiased=False)
+    precise = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    var, mean = torch.var_mean(precise, (0, 2, 3), unbiased=False)
     x_hat = (x - mean[:, None, None]) * (var + eps).rsqrt()[:, None, None]
     n = x.shape[0] * x.shape[2] * x.shape[3]
     return x_hat.to(x.dtype), mean.detach(), var.detach() * (n / (n - 1))
 
 
 def _run_compiled(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, pool: bool) -> torch.Tensor:
-    features, normalised, means, variances = [x], [], [], []
+    features: List[torch.Tensor] = [x]
+    normalised: List[torch.Tensor] = []
+    means: List[torch.Tensor] = []
+    variances: List[torch.Tensor] = []
 
     def read(norm: Any) -> torch.Tensor:
         _update_running_stats(norm, torch.cat(means), torch.cat(variances))
@@ -305,7 +311,7 @@ class _Features:
         dtype = x.dtype if x.dtype == torch.float64 else dtype
         stats = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         shape = (x.shape[0], channels, *x.shape[2:])
-        self.x_hat = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+        self.x_hat: Any = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
         self.mean = torch.zeros(channels, dtype=stats, device=x.device)
         self.var = torch.zeros_like(self.mean)  # unbiased
         self.invstd = torch.zeros_like(self.mean)
@@ -518,15 +524,16 @@ def _run_eager(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, pool: 
 
 
 def _is_foldable(norm: Any) -> bool:
+    tensors = ('weight', 'bias', 'running_mean', 'running_var')
     return (
-        all(isinstance(getattr(norm, name, None), torch.Tensor) for name in ('weight', 'bias', 'running_mean', 'running_var'))
+        all(isinstance(getattr(norm, name, None), torch.Tensor) for name in tensors)
         and isinstance(getattr(norm, 'act', None), nn.ReLU) and isinstance(getattr(norm, 'drop', None), nn.Identity))
 
 
 def _scale_shift(norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift (C,) of a norm with running statistics, in float64."""
-    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
+    """Scale and shift (C,) of a norm with running statistics, in float64 and without a gradient."""
+    scale = norm.weight.detach().double() * (norm.running_var.double() + norm.eps).rsqrt()
+    return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
 
 
 @torch.no_grad()
@@ -542,21 +549,26 @@ def _fold_after(conv: Any, norm: Any) -> nn.Conv2d:
 
 
 class _NormConv(nn.Module):
-    """conv(relu(norm(x))) for a 1x1 convolution, with running statistics; optionally averages over 2x2 pixels between."""
+    """conv(relu(norm(x))) for a 1x1 convolution and running statistics; optionally averages over 2x2 pixels between."""
 
     def __init__(self, norm: Any, conv: nn.Conv2d, pool: bool = False) -> None:
         super().__init__()
-        scale, shift = (t.detach().to(conv.weight.dtype)[:, None, None] for t in _scale_shift(norm))
-        self.register_buffer('scale', scale)
-        self.register_buffer('shift', shift)
+        self.norm = norm
         self.conv = conv
         self.pool = pool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.addcmul(self.shift.to(x.dtype), x, self.scale.to(x.dtype)).relu_()
+        # As a batch norm, whatever the mode: ONNX Runtime runs it faster than a product and a sum.
+        norm = self.norm
+        x = F.relu(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps))
         if self.pool:  # before the convolution, which has a quarter of the work then: the two commute
             x = F.avg_pool2d(x, 2)
         return self.conv(x)
+
+
+@torch.jit.ignore
+def _is_graph() -> bool:
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class _FusedLayer(nn.Module):
@@ -587,9 +599,8 @@ class FusedDenseBlock(nn.Module):
         Returns:
             The features and those of all layers, (B, C + layers * growth_rate, H, W).
         """
-        if not torch.jit.is_scripting():
-            if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()):
-                return self._forward_buffer(x)
+        if not torch.jit.is_scripting() and not _is_graph():
+            return self._forward_buffer(x)
         # With a gradient, and for compilers and exporters, which fuse the concatenation themselves.
         for layer in self.layers:
             x = torch.cat([x, layer(x)], 1)
@@ -612,14 +623,14 @@ class FusedDenseBlock(nn.Module):
         return out
 
     def _prepare(self, x: torch.Tensor) -> List[Any]:
-        """Cast what the layers need to x's type, and pack their convolutions, once for as long as they do not change."""
+        """Make ready what the layers need for x's type, once for as long as their weights do not change."""
         sources, versions, dtype, steps = _prepared.get(self, ([], -1, None, []))
         if not steps or dtype != x.dtype or versions != _count_changes(sources):
             layers: List[Any] = list(self.layers)
             steps = [(
-                layer.conv1.scale.to(x.dtype), layer.conv1.shift.to(x.dtype), _pack_conv(layer.conv1.conv, x, relu=True),
-                _pack_conv(layer.conv2, x, relu=False), None if isinstance(layer.se, nn.Identity) else layer.se)
-                for layer in layers]
+                *(t[:, None, None].to(x.dtype) for t in _scale_shift(layer.conv1.norm)),
+                _pack_conv(layer.conv1.conv, x, relu=True), _pack_conv(layer.conv2, x, relu=False),
+                None if isinstance(layer.se, nn.Identity) else layer.se) for layer in layers]
             sources = [*self.parameters(), *self.buffers()]
             _prepared[self] = (sources, _count_changes(sources), x.dtype, steps)
         return steps
@@ -647,7 +658,8 @@ def _pack_conv(conv: Any, x: torch.Tensor, relu: bool) -> Callable[[torch.Tensor
     On a CPU, a convolution reorders its weights on every call, a tenth of the time at batch 1. Here they are reordered
     once, with the operators that torch.compile's freezing uses.
     """
-    if x.device.type != 'cpu' or x.dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+    onednn = x.device.type == 'cpu' and torch.backends.mkldnn.is_available()
+    if not onednn or x.dtype not in (torch.float32, torch.bfloat16):
         return (lambda x: conv(x).relu_()) if relu else conv
     size = [conv.padding, conv.stride, conv.dilation, conv.groups]
     weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach().to(x.dtype), *size)
