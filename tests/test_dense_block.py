@@ -178,7 +178,7 @@ def saved_megabytes(model, n):
 
         def pack(t, sizes=sizes):
             sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
+            return t.detach()  # not t: an output that its own graph holds would never be freed
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             out = model(torch.randn(batch, 3, n, n))

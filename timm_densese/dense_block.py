@@ -408,6 +408,8 @@ class _Append(Function):
         grad_x, _, _ = torch.ops.aten.native_batch_norm_backward(
             grad, x_hat, invstd, None, None, torch.zeros_like(invstd), torch.ones_like(invstd), True, features.eps,
             [True, False, False])
+        if ctx.start == 0:  # the last to need them
+            features.x_hat = features.grad = features.scratch = None
         return torch.zeros_like(grad_token), grad_x.to(ctx.dtype), None
 
 

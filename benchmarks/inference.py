@@ -1,0 +1,124 @@
+"""Speed of inference: the fused SE-DenseNet-121 against timm's plain densenet121, and what SE costs.
+
+At 224x224 in channels_last on two threads, all in one process, interleaved; medians. See benchmarks/README.md for what
+was measured where.
+
+    python benchmarks/inference.py
+    python benchmarks/inference.py --runtimes      # ONNX Runtime and OpenVINO
+    python benchmarks/inference.py --compile       # torch.compile, with and without freezing
+"""
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from common import device, interleave, medians, save
+from torch._inductor import config as inductor_config
+
+import timm_densese  # noqa: F401
+
+MODELS = (('plain', 'densenet121', False), ('se', 'se_densenet121', False), ('fused', 'se_densenet121', True))
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
+
+
+def create(name: str, fused: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    if fused:
+        model = timm.models.reparameterize_model(model)
+    return model.to(device(), dtype, memory_format=torch.channels_last)
+
+
+def images(batch_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(batch_size, 3, 224, 224, device=device()).to(dtype, memory_format=torch.channels_last)
+
+
+def repeats(batch_size: int) -> int:
+    return 100 if batch_size == 1 else 40
+
+
+def eager(dtype: str, batch_size: int) -> dict[str, Callable[[], Any]]:
+    x = images(batch_size, DTYPES[dtype])
+    models = {name: create(model, fused, DTYPES[dtype]) for name, model, fused in MODELS}
+    return {name: lambda model=model: model(x) for name, model in models.items()}
+
+
+def compiled(dtype: str, batch_size: int) -> dict[str, Callable[[], Any]]:
+    x = images(batch_size, DTYPES[dtype])
+    runs: dict[str, Callable[[], Any]] = {}
+    for freezing in (False, True):
+        for name, model, fused in (MODELS[0], MODELS[2]):
+            torch._dynamo.reset()
+            with inductor_config.patch(freezing=freezing):
+                net = torch.compile(create(model, fused, DTYPES[dtype]))
+                net(x)  # compiles
+            runs[name + (', freezing' if freezing else '')] = lambda net=net: net(x)
+    return runs
+
+
+def runtimes(batch_size: int, folder: Path) -> dict[str, Callable[[], Any]]:
+    import onnxruntime
+    import openvino
+
+    x = images(batch_size).contiguous().numpy()
+    runs: dict[str, Callable[[], Any]] = {}
+    for name, model, fused in MODELS:
+        file = folder / f'{name}.onnx'
+        if not file.exists():
+            torch.onnx.export(
+                create(model, fused), (images(2).contiguous(),), file, dynamo=True, verbose=False, input_names=['x'],
+                dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=512)},), external_data=False)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+        core = openvino.Core()
+        network = core.compile_model(core.read_model(file), 'CPU', {
+            'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32',
+            'PERFORMANCE_HINT': 'LATENCY'})
+        runs[f'onnxruntime {name}'] = lambda session=session: session.run(None, {'x': x})
+        runs[f'openvino {name}'] = lambda network=network: network(x)
+    return runs
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--batch-sizes', type=int, nargs='+', default=[1, 16])
+    parser.add_argument('--dtypes', nargs='+', choices=DTYPES, default=list(DTYPES))
+    parser.add_argument('--runtimes', action='store_true')
+    parser.add_argument('--compile', action='store_true')
+    parser.add_argument('--out', help='name of the result, to write it')
+    args = parser.parse_args()
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    rows = []
+
+    def measure(what: str, dtype: str, batch_size: int, runs: dict[str, Callable[[], Any]]) -> None:
+        median = medians(interleave(runs, repeats(batch_size), warmup=3))
+        rows.append({'what': what, 'dtype': dtype, 'batch_size': batch_size, 'median': median})
+        shown = ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in median.items())
+        print(f'{what}, {dtype}, batch {batch_size:2}: {shown}')
+        for name, value in median.items():
+            plain = next(p for p in (name.replace('fused', 'plain'), name.replace('se', 'plain'))
+                         if p in median and (p != name or 'plain' in name))
+            if plain != name:
+                print(f'    {name}: {median[plain] / value:.3f}x {plain}', flush=True)
+
+    if args.runtimes:
+        with tempfile.TemporaryDirectory() as folder:
+            for batch_size in args.batch_sizes:
+                measure('exported', 'float32', batch_size, runtimes(batch_size, Path(folder)))
+    else:
+        for dtype in args.dtypes:
+            for batch_size in args.batch_sizes:
+                create_runs = compiled if args.compile else eager
+                measure('compiled' if args.compile else 'eager', dtype, batch_size, create_runs(dtype, batch_size))
+    if args.out:
+        save(args.out, {'rows': rows})
+
+
+if __name__ == '__main__':
+    main()
