@@ -375,6 +375,18 @@ def test_steps_aside_exactly(make):
     assert all(torch.equal(grads[n], g) for n, g in expected_grads.items())
 
 
+@pytest.mark.parametrize('name', ['denseblock1', 'transition1', 'transition1.norm', 'transition1.conv', 'norm5'])
+def test_hooks_between_the_blocks_fire(name):
+    plain, linear = pair(create())
+    seen = {}
+    for kind, model in (('plain', plain), ('linear', linear)):
+        model.features.get_submodule(name).register_forward_hook(
+            lambda module, args, out, kind=kind: seen.update({kind: (args[0].detach(), out.detach())}))
+    x = images()
+    assert_same_step(step(linear, x), step(plain, x))
+    assert all(relative_error(a, b) < 1e-9 for a, b in zip(seen['linear'], seen['plain'], strict=True))
+
+
 def test_norms_of_another_eps_step_aside():
     model = aside()
     for block in blocks(model):

@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import SMALL
 
+import timm_densese
 from timm_densese.cli import main
 from timm_densese.data import generate_images, split_images
 from timm_densese.errors import TrainingError
@@ -79,6 +80,10 @@ def test_learns_and_leaves_files_that_timm_reads(data, tmp_path, capsys):
     model = timm.create_model('se_densenet121', num_classes=2, checkpoint_path=str(tmp_path / 'model_best.pth.tar'),
                               **SMALL_MODEL['model_kwargs'])
     assert same(dict(model.state_dict()), dict(best['state_dict_ema']))  # timm takes the averaged weights
+    timm_densese.publish(tmp_path / 'model_best.pth.tar', 'owner/name', to=tmp_path / 'published')
+    published = timm.create_model(f'local-dir:{tmp_path / "published"}', pretrained=True)
+    assert same(dict(published.state_dict()), dict(best['state_dict_ema']))
+    assert published.pretrained_cfg['label_names'] == ['spots', 'stripes']
     pytest.importorskip('tensorboard', reason='tensorboard is missing: pip install .[test]')
     assert list(tmp_path.glob('events.out.tfevents.*'))
     progress = capsys.readouterr().err

@@ -132,7 +132,6 @@ class DenseBlock(densenet.DenseBlock):
         run = _run_compiled if torch.compiler.is_compiling() else _run_eager
         return run(layers, x, norm1.eps, tail, pool)
 
-
     def fuse(self) -> nn.Module:
         """Give the block for inference, or this one where its norms cannot be folded (timm's reparameterize_model)."""
         layers: List[Any] = list(self.values())
@@ -180,7 +179,7 @@ class DenseFeatures(nn.Sequential):
                 x = module.forward_linear(x, following)
                 i += 1
             else:
-                x = module.forward_linear(x)
+                x = module(x)
         return x
 
     def fuse(self) -> nn.Sequential:
@@ -213,9 +212,10 @@ def _is_plain_transition(module: Any) -> bool:
 
 
 def _can_read(norm: Any, block: DenseBlock) -> bool:
-    """Tell whether a norm after a block can read the block's normalised features."""
+    """Tell whether a norm after a block can read the block's normalised features, and is all that does."""
     first: Any = next(iter(block.values()))
-    return _reads_normalised(norm, first.norm1.eps) and not _has_hooks(norm) and not _has_hooks(block)
+    watched = any(getattr(block, hooks) for hooks in _HOOKS)
+    return _reads_normalised(norm, first.norm1.eps) and not _has_hooks(norm) and not watched
 
 
 def _reads_normalised(norm: Any, eps: Optional[float] = None) -> bool:
@@ -239,12 +239,9 @@ def _update_running_stats(norm: Any, mean: torch.Tensor, var: torch.Tensor) -> N
     """Update a norm's running statistics with a batch's mean and unbiased variance."""
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            norm.running_mean.lerp_(mean, 1 / norm.num_batches_tracked)
-            norm.running_var.lerp_(var, 1 / norm.num_batches_tracked)
-        else:
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(var, norm.momentum)
+        factor = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+        norm.running_var.lerp_(var.to(norm.running_var.dtype), factor)
 
 
 def _after_conv2(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -351,11 +348,10 @@ class _Features:
         grad_bias = grad.sum((0, 2, 3), dtype=stats)
         grad_weight = torch.mul(grad, x_hat, out=out).sum((0, 2, 3), dtype=stats)
         scale = _channels(weight, grad.dtype)
-        if self.grad is None:
-            self.grad = torch.mul(grad, scale) if channels == self.x_hat.shape[1] else torch.zeros_like(self.x_hat)
-            if channels == self.x_hat.shape[1]:
-                return grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
-        self.grad[:, :channels].addcmul_(grad, scale)
+        if self.grad is None:  # that of the norm after the block, which reads all channels
+            self.grad = torch.mul(grad, scale)
+        else:
+            self.grad[:, :channels].addcmul_(grad, scale)
         return grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
