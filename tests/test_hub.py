@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -336,6 +337,12 @@ def test_upload_in_parts(owner, tmp_path):
     assert owner.read('owner/parts', 'model.safetensors') == safetensors.torch.save(net.state_dict())
 
 
+# Older clients give up on a connection that breaks in a body, with our error, and keep the part for the next run.
+resumes = pytest.mark.skipif(
+    int(huggingface_hub.__version__.split('.')[0]) < 2, reason='huggingface_hub 2 is missing, whose client resumes')
+
+
+@resumes
 def test_download_that_breaks_is_resumed(owner, tmp_path, no_waiting, cold_cache):
     checkpoint, net = save_run(tmp_path / 'run')
     timm_densese.publish(checkpoint, 'owner/resumed')
@@ -343,6 +350,7 @@ def test_download_that_breaks_is_resumed(owner, tmp_path, no_waiting, cold_cache
     assert same(timm.create_model('hf-hub:owner/resumed', pretrained=True, cache_dir=cold_cache), net)
 
 
+@resumes
 def test_download_that_keeps_breaking_leaves_nothing(owner, tmp_path, no_waiting, cold_cache):
     checkpoint, net = save_run(tmp_path / 'run')
     timm_densese.publish(checkpoint, 'owner/dropped')
