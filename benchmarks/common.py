@@ -54,6 +54,11 @@ def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def ratio(seconds: dict[str, list[float]], base: str, name: str) -> float:
+    """How many times faster than `base` is `name`: the median of the rounds' ratios, which drift does not reach."""
+    return statistics.median(b / n for b, n in zip(seconds[base], seconds[name], strict=True))
+
+
 def device() -> torch.device:
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 

@@ -9,16 +9,19 @@ was measured where.
 """
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
-from common import device, interleave, medians, save
+import torch.nn.functional as F
+from common import device, interleave, medians, ratio, save
 from torch._inductor import config as inductor_config
 
-import timm_densese  # noqa: F401
+from timm_densese import dense_block
 
 MODELS = (('plain', 'densenet121', False), ('se', 'se_densenet121', False), ('fused', 'se_densenet121', True))
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
@@ -30,6 +33,11 @@ def create(name: str, fused: bool = False, dtype: torch.dtype = torch.float32) -
     if fused:
         model = timm.models.reparameterize_model(model)
     return model.to(device(), dtype, memory_format=torch.channels_last)
+
+
+def _plain(name: str) -> str:
+    """The densenet121 that a run is compared with."""
+    return name.replace(', product form', '').replace('fused', 'plain').replace('se', 'plain')
 
 
 def images(batch_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -60,18 +68,32 @@ def compiled(dtype: str, batch_size: int) -> dict[str, Callable[[], Any]]:
     return runs
 
 
+@contextmanager
+def product_form() -> Iterator[None]:
+    """The other form of a norm before a convolution: a product and a sum instead of a batch norm."""
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        scale, shift = (t[:, None, None].to(x.dtype) for t in dense_block._scale_shift(self.norm))
+        x = F.relu(x * scale + shift)
+        return self.conv(F.avg_pool2d(x, 2) if self.pool else x)
+
+    with mock.patch.object(dense_block._NormConv, 'forward', forward):
+        yield
+
+
 def runtimes(batch_size: int, folder: Path) -> dict[str, Callable[[], Any]]:
     import onnxruntime
     import openvino
 
     x = images(batch_size).contiguous().numpy()
     runs: dict[str, Callable[[], Any]] = {}
-    for name, model, fused in MODELS:
+    for name, model, fused in (*MODELS, ('fused, product form', 'se_densenet121', True)):
         file = folder / f'{name}.onnx'
         if not file.exists():
-            torch.onnx.export(
-                create(model, fused), (images(2).contiguous(),), file, dynamo=True, verbose=False, input_names=['x'],
-                dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=512)},), external_data=False)
+            with product_form() if 'product' in name else nullcontext():
+                torch.onnx.export(
+                    create(model, fused), (images(2).contiguous(),), file, dynamo=True, verbose=False,
+                    input_names=['x'], dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=512)},),
+                    external_data=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
@@ -97,15 +119,16 @@ def main() -> None:
     rows = []
 
     def measure(what: str, dtype: str, batch_size: int, runs: dict[str, Callable[[], Any]]) -> None:
-        median = medians(interleave(runs, repeats(batch_size), warmup=3))
-        rows.append({'what': what, 'dtype': dtype, 'batch_size': batch_size, 'median': median})
+        seconds = interleave(runs, repeats(batch_size), warmup=3)
+        median = medians(seconds)
+        faster = {name: ratio(seconds, _plain(name), name)
+                  for name in runs if 'plain' not in name}
+        rows.append({'what': what, 'dtype': dtype, 'batch_size': batch_size, 'median': median,
+                     'faster_than_plain': faster})
         shown = ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in median.items())
         print(f'{what}, {dtype}, batch {batch_size:2}: {shown}')
-        for name, value in median.items():
-            plain = next(p for p in (name.replace('fused', 'plain'), name.replace('se', 'plain'))
-                         if p in median and (p != name or 'plain' in name))
-            if plain != name:
-                print(f'    {name}: {median[plain] / value:.3f}x {plain}', flush=True)
+        for name, value in faster.items():
+            print(f'    {name}: {value:.3f}x plain', flush=True)
 
     if args.runtimes:
         with tempfile.TemporaryDirectory() as folder:

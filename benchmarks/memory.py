@@ -10,7 +10,7 @@ import timm
 import torch
 from common import RESULTS, save
 
-import timm_densese  # noqa: F401
+from timm_densese import SE_PLACEMENTS
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
@@ -55,6 +55,11 @@ def main() -> None:
               f'ours {row["ours"]:5.1f}: {row["plain"] / row["ours"]:.2f}x and '
               f'{row["checkpointing"] / row["ours"]:.2f}x less')
 
+    placements = {}
+    for placement in SE_PLACEMENTS:
+        placements[placement] = saved_megabytes(create('se_densenet121', True, se_placement=placement), 224)
+        print(f"se_densenet121 '{placement}': {placements[placement]:.1f} MB an image")
+
     growth: dict[str, list[float]] = {'plain': [], 'checkpointing': [], 'ours': []}
     for layers in LAYERS:
         kwargs = dict(growth_rate=32, block_config=(layers,))
@@ -63,7 +68,7 @@ def main() -> None:
             growth[name].append(saved_megabytes(create(model, checkpointing, **kwargs), 224))
     print(f'one block of {LAYERS} layers: ' + ', '.join(
         f'{name} {[round(v, 1) for v in values]}' for name, values in growth.items()))
-    save('memory', {'rows': rows, 'layers': LAYERS, 'one_block': growth})
+    save('memory', {'rows': rows, 'se_placement': placements, 'layers': LAYERS, 'one_block': growth})
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
     labels = {'plain': "timm's, plain", 'checkpointing': "timm's, checkpointing", 'ours': 'SE-DenseNet, linear memory'}

@@ -207,10 +207,13 @@ def main() -> None:
                 print(f'{kind:22} {row["gflop"]:8.2f} {row["gbyte"]:7.2f} {row["floor_ms"]:9.1f} '
                       f'{row["profiled_ms"]:12.1f}')
     save('roofline', {'batch_size': args.batch_size, 'ceilings': ceilings, 'rows': rows})
+    draw(rows, args.batch_size)
 
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
+
+def draw(rows: list[dict[str, Any]], batch_size: int) -> None:
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained', width_ratios=(4, 6))
     for ax, training in zip(axes, (False, True), strict=True):
-        bars = [(f'{row["name"]}\n{what}', [row['kinds'][k][key] for k in KINDS])
+        bars = [(f'{row["name"].replace("checkpointing", "checkp.")}\n{what}', [row['kinds'][k][key] for k in KINDS])
                 for row in rows if row['training'] == training
                 for what, key in (('floor', 'floor_ms'), ('profiled', 'profiled_ms'))]
         bottom = [0.] * len(bars)
@@ -219,8 +222,8 @@ def main() -> None:
             ax.bar(range(len(bars)), heights, bottom=bottom, label=kind, color=f'C{i}')
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
         ax.set(xticks=range(len(bars)), xticklabels=[name for name, _ in bars], ylabel='ms',
-               title=f'{"training step" if training else "inference"}, batch {args.batch_size}, float32')
-    axes[1].legend(fontsize=7)
+               title=f'{"training step" if training else "inference"}, batch {batch_size}, float32')
+    axes[1].legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
     fig.savefig(RESULTS / 'roofline.png', dpi=110)
 
 
