@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn as nn
 from conftest import MODELS, SMALL, relative_error
+from memory import saved_megabytes  # benchmarks/memory.py
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models import densenet, reparameterize_model
 from timm.utils import ModelEmaV3
@@ -167,24 +168,6 @@ def test_float32_is_as_close_to_float64_as_timms():
     mean, worst = errors.mean(0), errors.max(0).values
     assert mean[0] < 1.5 * mean[1]
     assert worst[0] < 2 * worst[1]
-
-
-def saved_megabytes(model, n):
-    """Bytes saved for backward by one image: what two images save more than one."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    found = []
-    for batch in (1, 2):
-        sizes = {}
-
-        def pack(t, sizes=sizes):
-            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t.detach()  # not t: an output that its own graph holds would never be freed
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = model(torch.randn(batch, 3, n, n))
-        found.append(sum(size for pointer, size in sizes.items() if pointer not in own))
-        del out
-    return (found[1] - found[0]) / 1e6
 
 
 @pytest.mark.parametrize(('name', 'limit'), [('se_densenet121', 40), ('se_densenet201', 46)])
