@@ -13,8 +13,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .data import MSLD_TERMS
 from .errors import PublishError
-from .report import model_stats
-from .se_densenet import SE_PLACEMENTS, SEDenseNet, default_cfgs
+from .report import model_stats, placement_stats
+from .se_densenet import SEDenseNet, default_cfgs
 
 __all__ = ['finetune_card', 'read_metrics', 'registered_card']
 
@@ -161,14 +161,10 @@ def registered_card(name: str, metrics: Optional[Dict[str, Any]] = None) -> Mode
         'It starts from ' + ' or '.join(f'`{repo}` (`{name}.{tag}`)' for tag, repo in weights.items())
         + ", and gives that DenseNet's outputs until the first training step." if weights else
         'No pretrained weights exist: it starts from random ones.')
-    rows = [('DenseNet', model_stats(timm.create_model(densenet, device='meta')), 0)]
-    for placement in SE_PLACEMENTS:
-        placed: Any = timm.create_model(name, device='meta', se_placement=placement)
-        rows.append((f"`se_placement='{placement}'`", model_stats(placed), len(placed.attn_sites)))
     comparison = '\n'.join([
         '|model|attentions|params (M)|GMACs|activations (M)|', '|---|---|---|---|---|',
-        *(f'|{what}|{sites}|{s["params"]:.2f}|{s["macs"] / 1e3:.3f}|{s["activations"]:.2f}|'
-          for what, s, sites in rows)])
+        *(f'|{f"`se_placement={placement!r}`" if placement else "DenseNet"}|{sites}|{s["params"]:.2f}|'
+          f'{s["macs"] / 1e3:.3f}|{s["activations"]:.2f}|' for placement, s, sites in placement_stats(name))])
     limits = (
         'A starting point for fine-tuning. The ImageNet classes carry the biases of ImageNet-1k: objects and scenes as '
         'photographed for the web, with people and places unevenly shown. Whether attention improves accuracy on your '

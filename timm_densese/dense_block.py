@@ -169,17 +169,15 @@ class DenseFeatures(nn.Sequential):
         while i < len(modules) - 1:
             module, following = modules[i], modules[i + 1]
             i += 1
-            if not isinstance(module, DenseBlock) or not module.is_linear(x):
+            pool = _is_plain_transition(following) and not _has_hooks(following)
+            norm = following.norm if pool else following
+            if not isinstance(module, DenseBlock) or not _can_read(norm, module) or not module.is_linear(x):
                 x = module(x)
-            elif _is_plain_transition(following) and _can_read(following.norm, module) and not _has_hooks(following):
-                # A 1x1 convolution and an average commute: pooled first, the convolution has a quarter of the work.
-                x = following.conv(module.forward_linear(x, following.norm, pool=True))
-                i += 1
-            elif _can_read(following, module):
-                x = module.forward_linear(x, following)
-                i += 1
-            else:
-                x = module(x)
+                continue
+            # A 1x1 convolution and an average commute: pooled first, the convolution has a quarter of the work.
+            x = module.forward_linear(x, norm, pool)
+            x = following.conv(x) if pool else x
+            i += 1
         return x
 
     def fuse(self) -> nn.Sequential:

@@ -1,5 +1,5 @@
 """Figures and tables about the models."""
-from typing import Any, Dict
+from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .se_densenet import SE_PLACEMENTS, default_cfgs
 
-__all__ = ['model_stats', 'models_table']
+__all__ = ['model_stats', 'models_table', 'placement_stats']
 
 
 def model_stats(model: Any) -> Dict[str, float]:
@@ -38,6 +38,16 @@ def model_stats(model: Any) -> Dict[str, float]:
     }
 
 
+def placement_stats(name: str) -> List[Tuple[Optional[str], Dict[str, float], int]]:
+    """Count a registered model's DenseNet (placement None) and its placements: placement, `model_stats`, attentions."""
+    rows: List[Tuple[Optional[str], Dict[str, float], int]] = [
+        (None, model_stats(timm.create_model(name[len('se_'):], device='meta')), 0)]
+    for placement in SE_PLACEMENTS:
+        model: Any = timm.create_model(name, device='meta', se_placement=placement)
+        rows.append((placement, model_stats(model), len(model.attn_sites)))
+    return rows
+
+
 def models_table() -> str:
     """Compute the table of registered models, in Markdown: parameters and multiply-adds for each placement."""
     header = ['model', 'start from', 'input', 'DenseNet', *(f"`'{p}'`" for p in SE_PLACEMENTS)]
@@ -46,13 +56,7 @@ def models_table() -> str:
         tags = [f'`{tag}`' for tag, tag_cfg in cfg.cfgs.items() if tag_cfg.has_weights]
         size = cfg.default.input_size
         cells = [f'`{name}`', ', '.join(tags) or 'no weights exist', f'{size[1]}x{size[2]}']
-        for placement in (None, *SE_PLACEMENTS):
-            if placement is None:
-                model = timm.create_model(name[len('se_'):], device='meta')
-            else:
-                model = timm.create_model(name, device='meta', se_placement=placement)
-            stats = model_stats(model)
-            sites = len(getattr(model, 'attn_sites', ()))
+        for _, stats, sites in placement_stats(name):
             where = f', {sites} SE' if sites else ''
             cells.append(f'{stats["params"]:.2f} M, {stats["macs"] / 1e3:.3f} G{where}')
         lines.append('| ' + ' | '.join(cells) + ' |')
