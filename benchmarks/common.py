@@ -1,8 +1,12 @@
-"""What the benchmarks share: interleaved timing, the machine's name, and where results go."""
+"""What the benchmarks share: interleaved timing, peak memory, exported models, the machine, and where results go."""
+import ctypes
+import gc
 import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -59,20 +63,107 @@ def ratio(seconds: dict[str, list[float]], base: str, name: str) -> float:
     return statistics.median(b / n for b, n in zip(seconds[base], seconds[name], strict=True))
 
 
+def peak_memory(build: Callable[[], Callable[[], Any]]) -> tuple[Callable[[], Any], float | None, float]:
+    """Build something and run it twice: the first run warms up, the second is measured.
+
+    Args:
+        build: Makes the function to run.
+
+    Returns:
+        That function; the peak of its run over what was in use before it was built, in MB, by the allocator on CUDA and
+        of resident memory on Linux's CPUs (None elsewhere); and the seconds of the run.
+    """
+    before = _in_use()
+    run = build()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == 'linux':
+        _in_use()
+        Path('/proc/self/clear_refs').write_text('5')  # starts the peak of resident memory anew
+    seconds = _time(run)
+    if torch.cuda.is_available():
+        return run, (torch.cuda.max_memory_allocated() - before) / 1e6, seconds
+    return run, (_status('VmHWM') - before) / 1e6 if sys.platform == 'linux' else None, seconds
+
+
+def _in_use() -> int:
+    """Bytes in use once what is free has been given back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated()
+    if sys.platform != 'linux':
+        return 0
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status('VmRSS')
+
+
+def _status(field: str) -> int:
+    """Bytes that Linux reports for this process."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f'{field}:'))
+
+
+def export_onnx(model: torch.nn.Module, size: int, file: Path) -> None:
+    """Export a model for square images, with a batch size that may vary."""
+    torch.onnx.export(
+        model, (torch.randn(2, 3, size, size),), file, dynamo=True, verbose=False, input_names=['x'],
+        dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=4096)},), external_data=False)
+
+
+def onnxruntime_run(file: Path, x: torch.Tensor) -> Callable[[], Any]:
+    """Load an exported model in ONNX Runtime, on as many threads as torch uses."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+    inputs = {'x': x.contiguous().numpy()}
+    return lambda: session.run(None, inputs)
+
+
+def openvino_run(file: Path, x: torch.Tensor, precision: str = 'f32') -> Callable[[], Any]:
+    """Load an exported model in OpenVINO, on as many threads as torch uses."""
+    import openvino
+
+    core = openvino.Core()
+    network = core.compile_model(core.read_model(file), 'CPU', {
+        'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': precision,
+        'PERFORMANCE_HINT': 'LATENCY'})
+    array = x.contiguous().numpy()
+    return lambda: network(array)
+
+
 def device() -> torch.device:
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
-def machine() -> dict[str, str]:
-    """Name the device and the versions that a result was measured with."""
+def machine() -> dict[str, Any]:
+    """Name the device and the versions that a result was measured with, and this repository's commit."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
+        driver = _output('nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader').split('\n')[0]
     else:
         info = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
         model = next((line.split(':')[1].strip() for line in info.splitlines() if line.startswith('model name')),
                      platform.processor())
         name = f'{os.cpu_count()}-core {model}' + (', AVX-512 bf16' if 'avx512_bf16' in info else '')
-    return {'device': name, 'torch': torch.__version__, 'timm': timm.__version__, 'python': platform.python_version()}
+        driver = None
+    here = Path(__file__).parent
+    commit = _output('git', '-C', str(here), 'rev-parse', '--short', 'HEAD')
+    if _output('git', '-C', str(here), 'status', '--porcelain', '--', str(here.parent / 'timm_densese'), '*.py'):
+        commit += ', changed'
+    return {'device': name, 'driver': driver, 'torch': torch.__version__, 'timm': timm.__version__,
+            'python': platform.python_version(), 'threads': torch.get_num_threads(), 'commit': commit}
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it fails or is missing."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ''
 
 
 def save(name: str, record: dict[str, Any]) -> None:

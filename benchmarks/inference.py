@@ -18,7 +18,7 @@ from unittest import mock
 import timm
 import torch
 import torch.nn.functional as F
-from common import device, interleave, medians, ratio, save
+from common import device, export_onnx, interleave, medians, onnxruntime_run, openvino_run, ratio, save
 from torch._inductor import config as inductor_config
 
 from timm_densese import dense_block
@@ -55,16 +55,15 @@ def eager(dtype: str, batch_size: int) -> dict[str, Callable[[], Any]]:
     return {name: lambda model=model: model(x) for name, model in models.items()}
 
 
-def compiled(dtype: str, batch_size: int) -> dict[str, Callable[[], Any]]:
+def compiled(dtype: str, batch_size: int, freezing: bool) -> dict[str, Callable[[], Any]]:
     x = images(batch_size, DTYPES[dtype])
+    torch._dynamo.reset()  # or a frozen model would run the code of one that was compiled without freezing
     runs: dict[str, Callable[[], Any]] = {}
-    for freezing in (False, True):
+    with inductor_config.patch(freezing=freezing):
         for name, model, fused in (MODELS[0], MODELS[2]):
-            torch._dynamo.reset()
-            with inductor_config.patch(freezing=freezing):
-                net = torch.compile(create(model, fused, DTYPES[dtype]))
-                net(x)  # compiles
-            runs[name + (', freezing' if freezing else '')] = lambda net=net: net(x)
+            net = torch.compile(create(model, fused, DTYPES[dtype]))
+            net(x)  # compiles
+            runs[name] = lambda net=net: net(x)
     return runs
 
 
@@ -81,28 +80,15 @@ def product_form() -> Iterator[None]:
 
 
 def runtimes(batch_size: int, folder: Path) -> dict[str, Callable[[], Any]]:
-    import onnxruntime
-    import openvino
-
-    x = images(batch_size).contiguous().numpy()
+    x = images(batch_size)
     runs: dict[str, Callable[[], Any]] = {}
     for name, model, fused in (*MODELS, ('fused, product form', 'se_densenet121', True)):
         file = folder / f'{name}.onnx'
         if not file.exists():
             with product_form() if 'product' in name else nullcontext():
-                torch.onnx.export(
-                    create(model, fused), (images(2).contiguous(),), file, dynamo=True, verbose=False,
-                    input_names=['x'], dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=512)},),
-                    external_data=False)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
-        core = openvino.Core()
-        network = core.compile_model(core.read_model(file), 'CPU', {
-            'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'INFERENCE_PRECISION_HINT': 'f32',
-            'PERFORMANCE_HINT': 'LATENCY'})
-        runs[f'onnxruntime {name}'] = lambda session=session: session.run(None, {'x': x})
-        runs[f'openvino {name}'] = lambda network=network: network(x)
+                export_onnx(create(model, fused), 224, file)
+        runs[f'onnxruntime {name}'] = onnxruntime_run(file, x)
+        runs[f'openvino {name}'] = openvino_run(file, x)
     return runs
 
 
@@ -137,8 +123,12 @@ def main() -> None:
     else:
         for dtype in args.dtypes:
             for batch_size in args.batch_sizes:
-                create_runs = compiled if args.compile else eager
-                measure('compiled' if args.compile else 'eager', dtype, batch_size, create_runs(dtype, batch_size))
+                if not args.compile:
+                    measure('eager', dtype, batch_size, eager(dtype, batch_size))
+                    continue
+                for freezing in (False, True):
+                    what = 'compiled, freezing' if freezing else 'compiled'
+                    measure(what, dtype, batch_size, compiled(dtype, batch_size, freezing))
     if args.out:
         save(args.out, {'rows': rows})
 

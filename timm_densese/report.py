@@ -11,7 +11,7 @@ from .se_densenet import SE_PLACEMENTS, default_cfgs
 __all__ = ['model_stats', 'models_table', 'placement_stats']
 
 
-def model_stats(model: Any) -> Dict[str, float]:
+def model_stats(model: Any, size: Optional[int] = None) -> Dict[str, float]:
     """Count a model's parameters, multiply-adds and activations for one image, in millions.
 
     Counted as timm's model cards do: convolutions and matrix products, neither norms nor the gates' scaling;
@@ -19,6 +19,7 @@ def model_stats(model: Any) -> Dict[str, float]:
 
     Args:
         model: Model on the meta device, so that nothing is run.
+        size: Height and width of the image in pixels; None for those of the model's pretrained cfg.
 
     Returns:
         `params`, `macs`, `activations`.
@@ -26,9 +27,9 @@ def model_stats(model: Any) -> Dict[str, float]:
     outputs = []
     handles = [m.register_forward_hook(lambda module, args, output: outputs.append(output.numel()))
                for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    size = model.pretrained_cfg['input_size'][1:]
+    shape = (size, size) if size else model.pretrained_cfg['input_size'][1:]
     with FlopCounterMode(display=False) as counter:
-        model.eval()(torch.empty(1, model.in_chans, *size, device='meta'))
+        model.eval()(torch.empty(1, getattr(model, 'in_chans', 3), *shape, device='meta'))
     for handle in handles:
         handle.remove()
     return {
