@@ -24,6 +24,8 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 
 import timm_densese  # noqa: E402, F401
+from timm_densese.data import generate_images, split_images  # noqa: E402
+from timm_densese.training import TrainConfig, train  # noqa: E402
 
 MODELS = ('se_densenet121', 'se_densenet161', 'se_densenet169', 'se_densenet201', 'se_densenet264d',
           'se_densenetblur121d')
@@ -38,6 +40,18 @@ needs_msld = pytest.mark.skipif(
 @pytest.fixture(scope='session')
 def hub() -> HubServer:
     return _server
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A split of generated images, spots and stripes, and the best checkpoint of a small model trained on it."""
+    root = tmp_path_factory.mktemp('trained')
+    generate_images(root / 'images', per_class=40, size=48)
+    split_images(root / 'images', root / 'split', val=.2, test=.3)
+    torch.manual_seed(0)
+    train(TrainConfig(data_dir=str(root / 'split'), output=str(root / 'run'), model='se_densenet121',
+                      model_kwargs=dict(SMALL, se_placement='stage'), img_size=32, workers=0, epochs=6, lr=1e-2))
+    return root / 'split', root / 'run' / 'model_best.pth.tar'
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,10 @@ from timm.utils import ParseKwargs
 from . import __version__
 from .errors import UserError
 
+# What commands import when they run -> the extra that brings it.
+_EXTRAS = {'sklearn': 'report', 'scipy': 'report', 'matplotlib': 'report', 'imagehash': 'report',
+           'pytorch_grad_cam': 'explain', 'gradio': 'serve'}
+
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run `timm-densese`.
@@ -29,17 +33,25 @@ def main(argv: Optional[List[str]] = None) -> int:
     _add_demo(commands)
     _add_data(commands)
     _add_run(commands)
+    _add_evaluate(commands)
+    _add_explain(commands)
+    _add_predict(commands)
+    _add_serve(commands)
     _add_publish(commands)
     _add_card(commands)
     argv = sys.argv[1:] if argv is None else argv
     try:
         _add_train(commands, argv)
         args = parser.parse_args(argv)
-        args.run(args)
+        return args.run(args) or 0
     except UserError as e:
         print(f'timm-densese: {e}', file=sys.stderr)
-        return 1
-    return 0
+    except ModuleNotFoundError as e:
+        extra = _EXTRAS.get((e.name or '').split('.')[0])
+        if extra is None:
+            raise
+        print(f'timm-densese: this needs {e.name}: pip install "timm-densese[{extra}]"', file=sys.stderr)
+    return 1
 
 
 # Each command imports what it runs when it runs, so that none needs another's extras.
@@ -105,6 +117,79 @@ def _add_run(commands: Any) -> None:
     parser.add_argument('--timm-scripts', type=Path, metavar='DIR', help='folder of the scripts (or set TIMM_SCRIPTS)')
     parser.add_argument('script', help='train.py, validate.py, inference.py, benchmark.py, onnx_export.py, ...')
     parser.add_argument('args', nargs=argparse.REMAINDER, help="the script's arguments")
+    parser.set_defaults(run=run)
+
+
+def _add_model(parser: Any) -> None:
+    parser.add_argument('model', metavar='MODEL', help='checkpoint, hf-hub:OWNER/NAME, local-dir:DIR, or a name')
+    parser.add_argument('--device', default='', help='device (default: cuda where there is one, else cpu)')
+
+
+def _add_batches(parser: Any) -> None:
+    parser.add_argument('-b', '--batch-size', type=int, default=32, help='images a batch (%(default)s)')
+    parser.add_argument('-j', '--workers', type=int, default=2, help='processes that read images (%(default)s)')
+
+
+def _add_evaluate(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from .evaluate import evaluate
+        evaluate(args.model, args.data, args.report, args.split, args.compare, args.device, args.batch_size,
+                 args.workers, args.seed)
+
+    parser = commands.add_parser('evaluate', help='score a model, with intervals by patient, and write a report')
+    _add_model(parser)
+    parser.add_argument('data', type=Path, metavar='DIR', help='folder with test/CLASS/ and val/CLASS/, or CLASS/')
+    parser.add_argument('--report', type=Path, required=True, metavar='OUT', help='folder to write')
+    parser.add_argument('--split', default='', help='folder of DIR to score (default: test, or DIR itself)')
+    parser.add_argument('--compare', default='', metavar='MODEL', help='another model to compare with in pairs')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the bootstrap (%(default)s)')
+    _add_batches(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_explain(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from .explain import explain
+        explain(args.model, args.images, args.out, args.before, args.device)
+
+    parser = commands.add_parser('explain', help='draw Grad-CAM overlays and what the gates do')
+    _add_model(parser)
+    parser.add_argument('images', nargs='+', metavar='IMAGES', help='files, folders (of class folders) or patterns')
+    parser.add_argument('--out', type=Path, required=True, help='folder to write')
+    parser.add_argument('--before', default='', metavar='MODEL', help='the model before fine-tuning, for its gates')
+    parser.set_defaults(run=run)
+
+
+def _add_predict(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from .predict import predict_files
+        return min(1, predict_files(args.model, args.images, args.top_k, args.calibration, args.json, args.csv,
+                                    args.device, args.batch_size, args.workers))
+
+    parser = commands.add_parser('predict', help='print the most probable classes of images')
+    _add_model(parser)
+    parser.add_argument('images', nargs='+', metavar='IMAGES', help='files, folders or patterns')
+    parser.add_argument('-k', '--top-k', type=int, default=5, help='classes to show (%(default)s)')
+    _add_calibration(parser)
+    parser.add_argument('--json', action='store_true', help='print JSON')
+    parser.add_argument('--csv', type=Path, metavar='FILE', help='file to write')
+    _add_batches(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_calibration(parser: Any) -> None:
+    parser.add_argument('--calibration', type=Path, metavar='JSON', help='metrics.json of an evaluation')
+
+
+def _add_serve(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> None:
+        from .serve import serve
+        serve(args.model, args.calibration, args.device, args.port)
+
+    parser = commands.add_parser('serve', help='open a local web page to try a model')
+    _add_model(parser)
+    _add_calibration(parser)
+    parser.add_argument('--port', type=int, default=7860, help='port on 127.0.0.1 (%(default)s)')
     parser.set_defaults(run=run)
 
 

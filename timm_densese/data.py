@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import socket
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -21,10 +20,12 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm  # comes with huggingface_hub
 
 from .errors import DownloadError, SplitError
+from .files import check_new_folder, new_folder
+from .images import EXTENSIONS, read_image
 
 __all__ = ['SplitImage', 'download_msld', 'generate_images', 'split_images']
 
@@ -133,7 +134,6 @@ class SplitImage:
 # finds no two different pictures alike (10 does), all mirrored, quarter-turned, blurred and noisy copies, and few that
 # are turned by other angles or zoomed: those it takes names or patients to find.
 _NEAR = 8
-_EXTENSIONS = frozenset(Image.registered_extensions())
 # What tools add to the name of a copy: IMG_1_aug_3, IMG_1-flipped, IMG_1 (2), IMG_1_rot90, IMG_1_copy.
 _COPY_SUFFIX = re.compile(
     r'(?:[ _.-]*(?:\(\d+\)|(?:aug(?:mented|mentation)?|copy|crop(?:ped)?|(?:[hv]?flip(?:ped)?)|mirror(?:ed)?|'
@@ -185,8 +185,7 @@ def split_images(
         raise SplitError(f'--folds {folds}: cross-validation takes 2 folds or more.')
     if out.resolve().is_relative_to(src.resolve()):
         raise SplitError(f'{out} lies inside {src}, where nothing is to be written. Choose another --out.')
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SplitError(f'{out} exists and is not empty. Remove it or choose another --out.')
+    check_new_folder(out, '--out', SplitError)
 
     images = _find_images(src)
     hashes = _fingerprint(images)
@@ -222,7 +221,7 @@ def _find_images(src: Path) -> List[SplitImage]:
             f'these first: a split made elsewhere may part a patient.')
     return [
         SplitImage(path, label) for label in labels for path in sorted((src / label).rglob('*'))
-        if path.suffix.lower() in _EXTENSIONS and path.is_file()]
+        if path.suffix.lower() in EXTENSIONS and path.is_file()]
 
 
 def _fingerprint_one(path: Path) -> Tuple[str, str, List[int]]:
@@ -230,9 +229,8 @@ def _fingerprint_one(path: Path) -> Tuple[str, str, List[int]]:
     import imagehash
 
     try:
-        with Image.open(path) as file:
-            # 32 x 32 is what phash works on; shrinking first makes the eight poses cheap.
-            gray = file.convert('L').resize((32, 32), Image.Resampling.LANCZOS)
+        # 32 x 32 is what phash works on; shrinking first makes the eight poses cheap.
+        gray = read_image(path).convert('L').resize((32, 32), Image.Resampling.LANCZOS)
     except Exception as e:  # PIL's decoders raise whatever they meet
         return '', f'{type(e).__name__}: {e}', []
     mirrored = gray.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -376,18 +374,9 @@ def _assign(images: Sequence[SplitImage], val: float, test: float, seed: int, fo
 
 def _write(images: Sequence[SplitImage], src: Path, out: Path, folds: Optional[int]) -> None:
     """Write the folders and split.csv under a temporary name, then rename."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
-    try:
-        fold_columns = [f'fold{k}' for k in range(folds)] if folds else ['split']
-        with open(work / 'split.csv', 'w', newline='') as file:
-            writer = csv.writer(file)
-            writer.writerow(['file', 'label', 'group', 'sha256', *fold_columns, 'error'])
-            for image in images:
-                splits = image.splits or [''] * len(fold_columns)
-                name = image.path.relative_to(src).as_posix()
-                writer.writerow([name, image.label, image.group, image.sha256, *splits, image.error])
+    with new_folder(out) as work:
         taken: Counter = Counter()
+        stored: Dict[Path, str] = {}
         for image in images:
             # Folders below the class go into the name, which a number makes unique: x/a.png and x_a.jpg are two.
             name = '_'.join(image.path.relative_to(src / image.label).with_suffix('').parts)
@@ -397,28 +386,37 @@ def _write(images: Sequence[SplitImage], src: Path, out: Path, folds: Optional[i
             for fold, split in enumerate(image.splits):
                 folder = work / (f'fold{fold}' if folds else '') / split / image.label
                 folder.mkdir(parents=True, exist_ok=True)
-                _place(image.path, folder / name)
-        os.chmod(work, 0o755)
-        if out.exists():
-            out.rmdir()  # empty, as was checked
-        os.rename(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+                file = _place(image.path, folder / name)
+                stored[image.path] = _sha256(file)
+        fold_columns = [f'fold{k}' for k in range(folds)] if folds else ['split']
+        with open(work / 'split.csv', 'w', newline='') as table:
+            writer = csv.writer(table)
+            writer.writerow(['file', 'label', 'group', 'sha256', 'stored_sha256', *fold_columns, 'error'])
+            for image in images:
+                splits = image.splits or [''] * len(fold_columns)
+                writer.writerow([image.path.relative_to(src).as_posix(), image.label, image.group, image.sha256,
+                                 stored.get(image.path, ''), *splits, image.error])
 
 
-def _place(source: Path, target: Path) -> None:
-    """Put an image where timm's folder reader finds it, which takes .jpg and .png: link, copy, or convert to PNG."""
+def _place(source: Path, target: Path) -> Path:
+    """Put an image where timm's folder reader finds it, which takes .jpg and .png: link, copy, or convert to PNG.
+
+    What timm would read otherwise than a person sees it is converted, too: turned by EXIF, or of 16 bits a pixel.
+    """
     with Image.open(source) as file:
         suffix = {'JPEG': '.jpg', 'MPO': '.jpg', 'PNG': '.png'}.get(file.format or '')
-        if suffix is None:
-            file.convert('RGB').save(target.with_name(f'{target.name}.png'))
-            return
+        turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        wide = file.mode.startswith('I')
+    if suffix is None or turned or wide:
+        target = target.with_name(f'{target.name}.png')
+        read_image(source).save(target)
+        return target
     target = target.with_name(f'{target.name}{suffix}')
     with suppress(OSError):
         os.link(source, target)
-        return
+        return target
     shutil.copy2(source, target)
+    return target
 
 
 def _print_balance(images: Sequence[SplitImage], folds: Optional[int]) -> None:

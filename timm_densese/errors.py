@@ -18,7 +18,9 @@ __all__ = [
     'CheckpointMismatchError',
     'DownloadError',
     'HubError',
+    'ImagesError',
     'ModelConfigError',
+    'ModelNotFoundError',
     'PublishError',
     'ScriptError',
     'SplitError',
@@ -69,6 +71,14 @@ class CheckpointFileError(UserError, ValueError):
 
 class ModelConfigError(UserError, ValueError):
     """A config.json asks for a model that is not built."""
+
+
+class ModelNotFoundError(UserError, ValueError):
+    """What was named is no checkpoint, repository, folder or registered model."""
+
+
+class ImagesError(UserError, ValueError):
+    """Images, their classes or their splits do not allow what was asked; nothing was written."""
 
 
 class PublishError(UserError, ValueError):

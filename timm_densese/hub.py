@@ -1,8 +1,7 @@
-"""The Hugging Face Hub, beyond what timm does with it: publishing a checkpoint with its card."""
+"""Trained models: found wherever they are, and published on the Hugging Face Hub with their card."""
 import csv
 import json
 import os
-import shutil
 import tempfile
 from importlib import resources
 from pathlib import Path
@@ -20,14 +19,15 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from timm.data import create_dataset, resolve_data_config
-from timm.models import clean_state_dict, is_model, save_for_hf
+from timm.data import ImageNetInfo, create_dataset, resolve_data_config
+from timm.models import clean_state_dict, get_pretrained_cfg, is_model, save_for_hf
 
 from .checks import check_model_args, read_checkpoint
-from .errors import PublishError, hub_errors
+from .errors import ModelNotFoundError, PublishError, hub_errors
+from .files import check_new_folder, new_folder
 from .se_densenet import SEDenseNet
 
-__all__ = ['find_weights', 'load_checkpoint', 'publish', 'write_card']
+__all__ = ['Checkpoint', 'find_weights', 'load_checkpoint', 'load_model', 'publish', 'write_card']
 
 
 def find_weights(repo_id: str) -> bool:
@@ -59,7 +59,7 @@ class Checkpoint(NamedTuple):
         recipe: The run's options by name, empty if they are not known.
         trained: A sentence on which weights these are.
     """
-    model: SEDenseNet
+    model: Any
     label_names: List[str]
     data_config: Dict[str, Any]
     recipe: Dict[str, Any]
@@ -103,17 +103,18 @@ def load_checkpoint(
 
     name = model or saved.get('arch') or recipe.get('model') or ''
     if not isinstance(name, str) or not is_model(name):
-        raise PublishError(f'Which model is {checkpoint}? It says {name or "nothing"!r}: give --model se_densenet121, '
-                           f'or another of `timm-densese models`.')
+        raise PublishError(f'Which model is {checkpoint}? It says {name or "nothing"!r}. Keep it beside the args.yaml '
+                           f'of its run, or publish it with --model, one of `timm-densese models`.')
     keys = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
     key = next((k for k in keys if isinstance(saved.get(k), dict)), '')
     state_dict = clean_state_dict(saved[key] if key else saved)
-    weight = state_dict.get('classifier.weight')
-    stem = state_dict.get('features.conv0.weight')
+    cfg: Any = get_pretrained_cfg(name)
+    classifier, first_conv = (f'{layer}.weight' for layer in (cfg.classifier, cfg.first_conv))
+    weight, stem = state_dict.get(classifier), state_dict.get(first_conv)
     if weight is None or stem is None:
         raise PublishError(
-            f'{checkpoint} holds no classifier.weight or no features.conv0.weight: it is no checkpoint of a DenseNet '
-            f'classifier. It holds {", ".join(list(state_dict)[:5]) or "nothing"}.')
+            f'{checkpoint} holds no {classifier} or no {first_conv}: it is no checkpoint of a {name} classifier. It '
+            f'holds {", ".join(list(state_dict)[:5]) or "nothing"}.')
     kwargs = {
         **({'global_pool': recipe['gp']} if recipe.get('gp') else {}), **(recipe.get('model_kwargs') or {}),
         **(model_kwargs or {}), 'num_classes': weight.shape[0]}
@@ -121,8 +122,6 @@ def load_checkpoint(
         kwargs['in_chans'] = stem.shape[1]
     check_model_args(name, kwargs)
     net: Any = timm.create_model(name, **kwargs)
-    if not isinstance(net, SEDenseNet):
-        raise PublishError(f'{name} is not a model of this package; timm.models.push_to_hf_hub publishes it.')
     net.load_state_dict(state_dict)
 
     input_options = {k: v for k, v in recipe.items()
@@ -135,6 +134,39 @@ def load_checkpoint(
     if isinstance(saved.get('metric'), float) and recipe.get('eval_metric'):
         trained.append(f', where validation {recipe["eval_metric"]}, which chose them, was {saved["metric"]:.4f}')
     return Checkpoint(net.eval(), labels, data_config, recipe, ''.join(trained) + '.')
+
+
+def load_model(of: str) -> Checkpoint:
+    """Load a model to use it: a checkpoint, a repository of the Hub, a folder, or a registered model's own weights.
+
+    Args:
+        of: Path of a checkpoint, `hf-hub:OWNER/NAME`, `local-dir:DIR`, or the name of a model with pretrained weights.
+
+    Returns:
+        The model in eval mode and what is known of it; no recipe where it is not a checkpoint.
+
+    Raises:
+        ModelNotFoundError: It is none of these.
+        UserError: It cannot be read or had, as for `load_checkpoint`.
+    """
+    if Path(of).is_file():
+        return load_checkpoint(Path(of))
+    scheme, _, where = of.rpartition(':')
+    if scheme == 'local-dir' and not (Path(where) / 'config.json').is_file():
+        raise ModelNotFoundError(f'{where} has no config.json: give a folder that `timm-densese publish --to` wrote.')
+    if not scheme and not is_model(of):
+        hint = f' It is a folder: give a checkpoint in it, or local-dir:{of}.' if Path(of).is_dir() else ''
+        raise ModelNotFoundError(
+            f'{of} is no file and no model.{hint} Give a checkpoint, hf-hub:OWNER/NAME, local-dir:DIR, or a name such '
+            f'as those of `timm-densese models`.')
+    if not scheme and not get_pretrained_cfg(of).has_weights:  # type: ignore[union-attr]
+        raise ModelNotFoundError(f'{of} has no pretrained weights. Give a checkpoint of it.')
+    with hub_errors(where, 'load'):
+        net: Any = timm.create_model(of, pretrained=True).eval()
+    labels = list(net.pretrained_cfg.get('label_names') or [])
+    if not labels and net.num_classes == 1000:
+        labels = list(ImageNetInfo('imagenet-1k').label_descriptions())
+    return Checkpoint(net, labels, resolve_data_config({}, model=net), {}, '')
 
 
 def _label_names(recipe: Dict[str, Any], data: Optional[Path], num_classes: int) -> List[str]:
@@ -186,6 +218,10 @@ def _check_repo_id(repo_id: str) -> None:
 
 def _checkpoint_card(repo_id: str, loaded: Checkpoint, data: Optional[Path], metrics: Optional[Path]) -> str:
     from .cards import finetune_card, read_metrics  # not at the top, for `import timm_densese` to stay quick
+
+    if not isinstance(loaded.model, SEDenseNet):
+        raise PublishError(f'{loaded.model.pretrained_cfg["architecture"]} is not a model of this package; '
+                           f'timm.models.push_to_hf_hub publishes it.')
 
     return str(finetune_card(
         repo_id, loaded.model, loaded.label_names, loaded.data_config, loaded.recipe, loaded.trained,
@@ -274,15 +310,13 @@ def publish(
     _check_repo_id(repo_id)
     if create_pr and revision:
         raise PublishError('Give --pr or --revision, not both: a pull request makes a branch of its own.')
-    if to is not None and to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise PublishError(f'{to} exists and is not empty. Remove it or choose another --to.')
+    if to is not None:
+        check_new_folder(to, '--to', PublishError)
 
     loaded = load_checkpoint(checkpoint, model, model_kwargs, data)
     card = _checkpoint_card(repo_id, loaded, data, metrics)
-    parent = to.parent if to is not None else Path(tempfile.gettempdir())
-    parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix='.timm-densese-', dir=parent))
-    try:
+    with new_folder(to) if to is not None else tempfile.TemporaryDirectory(prefix='timm-densese-') as folder:
+        work = Path(folder)
         save_for_hf(
             loaded.model, str(work), safe_serialization=True, data_config=loaded.data_config,
             # The tag and licence are the DenseNet's; these weights are others.
@@ -297,17 +331,11 @@ def publish(
         print(f'To {to if to is not None else repo_id}:')
         for file in sorted(work.iterdir()):
             print(f'  {file.name:18} {file.stat().st_size:>11,} bytes')
-        if to is not None:
-            os.chmod(work, 0o755)
-            if to.exists():
-                to.rmdir()  # empty, as was checked
-            os.rename(work, to)
-            print(f"Load it with\n  import timm, timm_densese\n  timm.create_model('local-dir:{to}', pretrained=True)")
-            return str(to)
-        with hub_errors(repo_id, 'publish'):
-            return _upload(work, repo_id, private, revision, create_pr, confirm)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if to is None:
+            with hub_errors(repo_id, 'publish'):
+                return _upload(work, repo_id, private, revision, create_pr, confirm)
+    print(f"Load it with\n  import timm, timm_densese\n  timm.create_model('local-dir:{to}', pretrained=True)")
+    return str(to)
 
 
 @torch.inference_mode()

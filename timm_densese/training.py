@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -23,6 +23,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
+from filelock import FileLock, Timeout  # comes with huggingface_hub, as tqdm does
 from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
@@ -31,7 +32,7 @@ from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_
 from timm.utils import CheckpointSaver, dispatch_clip_grad, init_distributed_device, random_seed, update_summary
 from timm.utils.summary import trim_summary
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
-from tqdm import tqdm  # comes with huggingface_hub
+from tqdm import tqdm
 
 from .errors import TrainingError
 
@@ -278,10 +279,19 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         TrainingError: The folders do not hold what is needed, the output folder holds another training, or the loss
             is not finite.
     """
+    if not config.output:
+        raise TrainingError('Give --output: a folder for the checkpoints.')
     args = argparse.Namespace(device=config.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     device = init_distributed_device(args)
     try:
-        return _train(config, device, args.world_size, args.rank)
+        if args.rank:
+            return _train(config, device, args.world_size, args.rank)
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(config.output) / '.lock', timeout=0):  # the system frees it when the process dies
+            return _train(config, device, args.world_size, args.rank)
+    except Timeout as e:
+        raise TrainingError(
+            f'Another training is writing to {config.output}. Wait for it, or choose another --output.') from e
     finally:
         if args.distributed:
             dist.destroy_process_group()
@@ -290,8 +300,6 @@ def train(config: TrainConfig) -> Dict[str, Any]:
 def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> Dict[str, Any]:
     primary = rank == 0
     output = Path(config.output)
-    if not config.output:
-        raise TrainingError('Give --output: a folder for the checkpoints.')
     if (output / 'last.pth.tar').exists() and not config.resume:
         raise TrainingError(
             f'{output} holds a training already. Go on with --resume {output / "last.pth.tar"}, or choose another '
@@ -346,7 +354,13 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
     if config.resume:
         if not Path(config.resume).is_file():
             raise TrainingError(f'--resume {config.resume}: there is no such file.')
-        start_epoch = resume_task_checkpoint(task, config.resume, optimizer=optimizer, log_info=False) or 0
+        try:
+            start_epoch = resume_task_checkpoint(task, config.resume, optimizer=optimizer, log_info=False) or 0
+        except Exception as e:  # an unpickler's, a missing key, other shapes
+            raise TrainingError(
+                f'--resume {config.resume} is no checkpoint that this training can go on from ({type(e).__name__}: '
+                f'{str(e).splitlines()[0] if str(e) else ""}). Give --model and --model-kwargs of its args.yaml, or '
+                f'start anew with --initial-checkpoint.') from e
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         if config.resume:
@@ -375,7 +389,6 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
     saver: Optional[CheckpointSaver] = None
     board: Any = None
     if primary:
-        output.mkdir(parents=True, exist_ok=True)
         options = asdict(config)
         (output / 'args.yaml').write_text(yaml.safe_dump(
             {**options, 'num_classes': len(classes), 'class_names': classes,
@@ -415,9 +428,18 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
         if primary:
             lr = max(group['lr'] for group in optimizer.param_groups)
             # The summary before the checkpoint: where a kill comes between them, resuming trims the extra row.
-            update_summary(epoch, {'loss': train_loss}, metrics, str(output / 'summary.csv'), lr=lr)
             assert saver is not None
-            saver.save_checkpoint(epoch, metrics[config.eval_metric])
+            try:
+                update_summary(epoch, {'loss': train_loss}, metrics, str(output / 'summary.csv'), lr=lr)
+                saver.save_checkpoint(epoch, metrics[config.eval_metric])
+            except (OSError, RuntimeError) as e:  # of torch's writer, which says RuntimeError of a full disk
+                with suppress(OSError):
+                    (output / 'tmp.pth.tar').unlink()
+                raise TrainingError(
+                    f'Epoch {epoch} could not be written to {output}, where '
+                    f'{shutil.disk_usage(output).free / 1e6:.0f} MB are free: {str(e).splitlines()[0]}\n'
+                    f'The checkpoints of earlier epochs are whole. Make room and go on with --resume '
+                    f'{output / "last.pth.tar"}.') from e
             print(f'epoch {epoch}: train loss {train_loss:.4f}, val loss {metrics["loss"]:.4f}, '
                   f'top1 {metrics["top1"]:.1f}%, balanced {metrics["balanced_top1"]:.1f}%'
                   f'{" (best)" if best["epoch"] == epoch else ""}')

@@ -1,0 +1,67 @@
+"""The benchmarks run here; their numbers are in benchmarks/results/."""
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image
+
+BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
+
+
+def test_quick_throughput(tmp_path):
+    result = subprocess.run([sys.executable, BENCHMARKS / 'throughput.py', '--quick', '--out', tmp_path],
+                            capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]
+    assert {row['execution'] for row in rows} >= {'eager'}
+    assert {row['kind'] for row in rows} == {'infer', 'train'}
+    for row in rows:
+        assert {'device', 'driver', 'torch', 'timm', 'commit', 'threads'} <= set(row)
+        assert 'error' in row or row['step_time_ms_p25'] <= row['step_time_ms'] <= row['step_time_ms_p75']
+    largest = {row['model']: row for row in rows if row['batch'] == 'largest' and row['kind'] == 'infer'}
+    assert largest['densenet121']['batch_size'] > 4
+    assert not [row for row in rows if 'error' in row and row['batch'] != 'largest']
+
+    # The columns of timm's results/benchmark-infer-*.csv and benchmark-train-*.csv.
+    columns = {'infer': ['model', 'infer_img_size', 'infer_samples_per_sec', 'infer_step_time', 'infer_batch_size',
+                         'param_count', 'infer_gmacs', 'infer_macts'],
+               'train': ['model', 'train_img_size', 'train_samples_per_sec', 'train_step_time', 'train_batch_size',
+                         'param_count']}
+    for kind, names in columns.items():
+        tables = list(tmp_path.glob(f'benchmark-{kind}-*-eager.csv'))
+        assert len(tables) == 1
+        with open(tables[0], newline='') as file:
+            table = list(csv.DictReader(file))
+        assert list(table[0]) == names
+        ours = f'se_densenet121 {"fused" if kind == "infer" else "linear memory"}'
+        assert ours in [row['model'] for row in table]
+        for row in table:
+            speed, step = (float(row[f'{kind}_{name}']) for name in ('samples_per_sec', 'step_time'))
+            assert abs(speed * step / 1e3 / int(row[f'{kind}_batch_size']) - 1) < .01
+    for name in ('infer-batch', 'infer-memory', 'train-batch', 'train-memory', 'se-cost'):
+        assert Image.open(tmp_path / f'{name}.png').size[0] > 300
+
+
+def test_ctrl_c_leaves_what_was_measured(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, BENCHMARKS / 'throughput.py', '--executions', 'eager', '--dtypes', 'float32', '--kinds',
+         'infer', '--img-size', '64', '--seconds', '.1', '--batch-sizes', '1', '2', '4', '8', '16', '32', '--out', tmp_path],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / 'rows.jsonl').exists():
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(.1)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 'What was measured is in' in errors
+    assert 'Traceback' not in errors
+    rows = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]
+    assert f'{len(rows)} rows' in said
+    assert list(tmp_path.glob('benchmark-infer-*.csv'))
+    assert (tmp_path / 'infer-batch.png').exists()

@@ -1,0 +1,262 @@
+"""Scores against scikit-learn and formulas, intervals by patient, leaks, and the page."""
+import csv
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+from sklearn import metrics as sk
+
+from timm_densese import publish
+from timm_densese.cli import main
+from timm_densese.errors import ImagesError, ModelNotFoundError, UserError
+from timm_densese.evaluate import _resample, _scores, _with_intervals, evaluate, fit_temperature
+from timm_densese.hub import load_model
+from timm_densese.images import compute_logits, find_images
+from timm_densese.training import TrainConfig, train
+
+
+def run(trained, out, model=None, data=None, **kwargs):
+    return evaluate(str(model or trained[1]), data or trained[0], out, resamples=20, workers=0, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def results(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp('evaluate') / 'report'
+    assert main(['evaluate', str(trained[1]), str(trained[0]), '--report', str(out), '--workers', '0']) == 0
+    return out
+
+
+def logits_of(trained, split):
+    loaded = load_model(str(trained[1]))
+    paths = find_images([str(trained[0] / split)])
+    found = compute_logits(loaded.model, paths, loaded.data_config, torch.device('cpu'))
+    return found.values.double(), np.array([['spots', 'stripes'].index(path.parent.name) for path in paths])
+
+
+def test_numbers_are_scikit_learns(trained, results):
+    logits, labels = logits_of(trained, 'test')
+    p = logits.softmax(1).numpy()
+    found = json.loads((results / 'metrics.json').read_text())
+    value = {name: metric['value'] for name, metric in found['metrics'].items()}
+    stripes = found['per_class']['stripes']
+    assert value['accuracy'] == pytest.approx(sk.accuracy_score(labels, p.argmax(1)))
+    assert value['balanced_accuracy'] == pytest.approx(sk.balanced_accuracy_score(labels, p.argmax(1)))
+    assert value['auroc'] == pytest.approx(sk.roc_auc_score(labels, p[:, 1]))
+    assert value['nll'] == pytest.approx(sk.log_loss(labels, p))
+    assert value['brier'] == pytest.approx(((p - np.eye(2)[labels]) ** 2).sum(1).mean())
+    precision, recall, f1, _ = sk.precision_recall_fscore_support(labels, p.argmax(1), average='binary')
+    assert [stripes[k]['value'] for k in ('precision', 'recall', 'f1')] == pytest.approx([precision, recall, f1])
+    assert stripes['specificity']['value'] == pytest.approx(sk.recall_score(1 - labels, 1 - p.argmax(1)))
+    assert stripes['auprc']['value'] == pytest.approx(sk.average_precision_score(labels, p[:, 1]))
+    assert found['confusion'] == sk.confusion_matrix(labels, p.argmax(1)).tolist()
+    for metric in (*found['metrics'].values(), *stripes.values()):
+        assert metric['low'] <= metric['value'] + .05
+        assert metric['low'] < metric['high'] or metric['value'] == 1
+    assert value['accuracy'] > .6  # it learned something, so that the rest means something
+
+
+def test_temperature_is_fitted_on_val_alone(trained, results, tmp_path):
+    logits, labels = logits_of(trained, 'val')
+    expected = fit_temperature(logits.numpy(), labels)
+    assert json.loads((results / 'metrics.json').read_text())['temperature'] == pytest.approx(expected)
+    losses = [torch.nn.functional.cross_entropy(logits / (t * expected), torch.tensor(labels)).item()
+              for t in (.9, 1, 1.1)]
+    assert losses[1] == min(losses)
+    other = tmp_path / 'data'
+    shutil.copytree(trained[0], other)
+    shutil.rmtree(other / 'test' / 'spots')
+    changed = run(trained, tmp_path / 'report', data=other)
+    assert changed['temperature'] == pytest.approx(expected)
+    assert any('No images of spots' in warning for warning in changed['warnings'])
+    assert 'auroc' not in changed['metrics']  # undefined with one class
+
+
+def test_three_classes_by_hand():
+    labels = np.array([0, 0, 1, 1, 2, 2])
+    p = np.array([[.8, .1, .1], [.2, .7, .1], [.1, .8, .1], [.3, .4, .3], [.1, .1, .8], [.6, .2, .2]])
+    scores = _scores(labels, p, ['a', 'b', 'c'])
+    assert scores['accuracy'] == pytest.approx(4 / 6)
+    assert scores['specificity/b'] == pytest.approx(3 / 4)
+    assert scores['precision/b'] == pytest.approx(2 / 3)
+    assert scores['recall/c'] == pytest.approx(1 / 2)
+    assert scores['auroc/c'] == pytest.approx(sk.roc_auc_score(labels == 2, p[:, 2]))
+    # Bins of 1/15: 0.8 three times (right: 3), 0.7 (wrong), 0.4 (right), 0.6 (wrong).
+    assert scores['ece'] == pytest.approx((3 * .2 + .7 + .6 + .6) / 6)
+    assert np.isnan(_scores(labels[:4], p[:4], ['a', 'b', 'c'])['recall/c'])
+
+
+def test_intervals_count_patients_not_images():
+    rng = np.random.default_rng(0)
+    right = rng.random(40) < .7
+
+    def interval(groups, right):
+        def measure(i):
+            return {'accuracy': right[i].mean()}
+        found = _with_intervals(measure, _resample(groups, 0, 1000), '')['accuracy']
+        return found['high'] - found['low']
+
+    one_each = interval(np.arange(40), right)
+    copied = np.repeat(right, 25)
+    assert interval(np.repeat(np.arange(40), 25), copied) == pytest.approx(one_each)
+    assert interval(np.arange(1000), copied) < one_each / 3  # what taking copies for images would claim
+    assert _resample(np.zeros(5), 0, 10) == []
+
+
+def test_leaks_are_told(trained, tmp_path):
+    assert not any('LEAK' in w for w in run(trained, tmp_path / 'a')['warnings'])
+    assert any('LEAK: 40 of the 40 images were trained on' in w
+               for w in run(trained, tmp_path / 'b', split='train')['warnings'])
+
+    data = tmp_path / 'data'
+    shutil.copytree(trained[0], data)
+    leaked = min((data / 'train' / 'spots').iterdir())
+    shutil.copy(leaked, data / 'test' / 'spots' / 'renamed.png')
+    found = run(trained, tmp_path / 'c', data=data)
+    assert any(w.startswith('LEAK: 1 of the') for w in found['warnings'])
+    # Another picture of a patient that was trained on.
+    (data / 'test' / 'spots' / 'renamed.png').unlink()
+    with open(data / 'split.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    group = next(row['group'] for row in rows if row['split'] == 'train')
+    next(row for row in rows if row['split'] == 'test')['group'] = group
+    with open(data / 'split.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert any('1 of the 24 images are of patients or groups trained on' in w
+               for w in run(trained, tmp_path / 'd', data=data)['warnings'])
+    # Without split.csv, by the files of train/; without those, it says that it does not know.
+    (data / 'split.csv').unlink()
+    shutil.copy(leaked, data / 'test' / 'spots' / 'renamed.png')
+    assert any(w.startswith('LEAK: 1 of the') for w in run(trained, tmp_path / 'e', data=data)['warnings'])
+    publish(trained[1], 'owner/name', to=tmp_path / 'published')
+    found = run(trained, tmp_path / 'f', f'local-dir:{tmp_path / "published"}', data=data / 'test')
+    assert any('cannot be excluded' in w for w in found['warnings'])
+
+
+def test_converted_images_are_known_by_split_csv(trained, tmp_path):
+    from timm_densese.data import generate_images, split_images
+    generate_images(tmp_path / 'images', per_class=12, size=32)
+    for path in (tmp_path / 'images').glob('*/*.png'):
+        Image.open(path).save(path.with_suffix('.bmp'))
+        path.unlink()
+    split_images(tmp_path / 'images', tmp_path / 'split', val=.25, test=.25, group_regex=r'^(\d\d)')
+    found = run(trained, tmp_path / 'report', data=tmp_path / 'split')
+    assert found['dataset']['groups'] < found['dataset']['images']
+    assert any('LEAK' in w for w in run(trained, tmp_path / 'b', data=tmp_path / 'split', split='train')['warnings'])
+
+
+def test_two_models_in_pairs(trained, tmp_path):
+    last = trained[1].with_name('last.pth.tar')
+    again = run(trained, tmp_path / 'a', compare=str(trained[1]))['paired']
+    assert all(d == {'value': 0, 'low': 0, 'high': 0} for d in again['differences'].values())
+    assert again['mcnemar'] == {'right_here_only': 0, 'right_there_only': 0, 'p': 1.}
+
+    plain = tmp_path / 'plain'
+    train(TrainConfig(data_dir=str(trained[0]), output=str(plain), model='resnet10t', img_size=32, workers=0, epochs=1))
+    found = run(trained, tmp_path / 'b', compare=str(plain / 'last.pth.tar'))
+    here, there = found['metrics'], found['comparison'][str(plain / 'last.pth.tar')]
+    for name, difference in found['paired']['differences'].items():
+        assert difference['value'] == pytest.approx(here[name]['value'] - there[name]['value'])
+    mcnemar = found['paired']['mcnemar']
+    n = mcnemar['right_here_only'] + mcnemar['right_there_only']
+    assert n > 0
+    assert mcnemar['p'] == pytest.approx(binomtest(mcnemar['right_here_only'], n).pvalue)
+    assert 'Against' in (tmp_path / 'b' / 'report.html').read_text()
+    assert last.exists()
+
+
+def test_the_page_is_one_file_and_the_json_makes_a_card(trained, results, tmp_path):
+    class Parser(HTMLParser):
+        sources: list
+
+        def handle_starttag(self, tag, attrs):
+            assert tag not in ('script', 'link', 'iframe')
+            self.sources += [value for name, value in attrs if name in ('src', 'href')]
+
+    page = (results / 'report.html').read_text()
+    parser = Parser()
+    parser.sources = []
+    parser.feed(page)
+    assert len(parser.sources) >= 4
+    assert all(source.startswith('data:image/') for source in parser.sources)
+    assert 'no medical device' in page
+    for name in ('confusion', 'roc', 'pr', 'reliability'):
+        assert Image.open(results / f'{name}.png').size[0] > 300
+
+    publish(trained[1], 'owner/name', metrics=results / 'metrics.json', to=tmp_path / 'published')
+    card = (tmp_path / 'published' / 'README.md').read_text()
+    accuracy = json.loads((results / 'metrics.json').read_text())['metrics']['accuracy']
+    assert f'{accuracy["value"]:.3f} ({accuracy["low"]:.3f} to {accuracy["high"]:.3f})' in card
+    assert 'bootstrap samples of' in card
+
+
+def test_names_cannot_become_html_and_broken_images_are_counted(trained, tmp_path):
+    data = tmp_path / 'data'
+    shutil.copytree(trained[0] / 'test', data)
+    for path in list((data / 'spots').iterdir()):
+        path.rename(path.with_name(f'<img src=x onerror=alert(1)>{path.name}'))
+    (data / 'stripes' / 'broken.png').write_bytes(b'\x89PNG\r\n\x1a\nnothing')
+    for path in list((data / 'spots').iterdir()):
+        shutil.copy(path, data / 'stripes' / path.name)  # so that some are wrong
+    found = run(trained, tmp_path / 'report', data=data)
+    page = (tmp_path / 'report' / 'report.html').read_text()
+    assert '<img src=x' not in page
+    assert '&lt;img src=x' in page
+    assert list(found['unreadable']) == ['stripes/broken.png']
+    assert 'broken.png' in page
+
+
+def test_every_way_to_name_a_model(trained, hub, tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
+    publish(trained[1], 'owner/evaluated')
+    publish(trained[1], 'owner/name', to=tmp_path / 'published')
+    image = torch.randn(1, 3, 32, 32)
+    expected = load_model(str(trained[1]))
+    for name in ('hf-hub:owner/evaluated', f'local-dir:{tmp_path / "published"}'):
+        found = load_model(name)
+        assert torch.equal(found.model(image), expected.model(image))
+        assert found.label_names == ['spots', 'stripes']
+        assert found.data_config == expected.data_config
+    for name, message in (('nothing', 'is no file and no model'), (str(tmp_path), 'It is a folder'),
+                          (f'local-dir:{tmp_path}', 'no config.json'), ('se_densenet264d', 'no pretrained weights'),
+                          ('hf-hub:owner/missing', 'no such repository')):
+        with pytest.raises(UserError, match=message):
+            load_model(name)
+    assert issubclass(ModelNotFoundError, UserError)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda data: (data / 'test' / 'other').mkdir(), 'It has others: other'),
+    (lambda data: shutil.rmtree(data / 'test'), 'It has others: train, val'),
+    (lambda data: [p.write_bytes(b'') for p in (data / 'test').rglob('*.png')], 'None of the 24 images'),
+    (lambda data: shutil.rmtree(data), 'is not a folder'),
+])
+def test_folders_that_do_not_fit(trained, tmp_path, change, message):
+    data = tmp_path / 'data'
+    shutil.copytree(trained[0], data)
+    change(data)
+    with pytest.raises(ImagesError, match=message):
+        run(trained, tmp_path / 'report', data=data)
+    assert not (tmp_path / 'report').exists()
+
+
+def test_a_report_that_is_there_is_not_replaced(trained, tmp_path):
+    (tmp_path / 'kept').write_text('mine')
+    with pytest.raises(UserError, match='not empty'):
+        run(trained, tmp_path)
+    assert [path.name for path in Path(tmp_path).iterdir()] == ['kept']
+
+
+def test_imagenet_names():
+    model = timm.create_model('se_densenet121', pretrained=False)
+    assert model.num_classes == 1000
+    from timm.data import ImageNetInfo
+    assert len(list(ImageNetInfo('imagenet-1k').label_descriptions())) == 1000

@@ -1,0 +1,145 @@
+"""Grad-CAM against the closed form, gates against what they multiply, and the files."""
+import csv
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import SMALL, put_on_hub, trained_densenet
+from PIL import Image
+from pytorch_grad_cam.utils.image import scale_cam_image
+
+from timm_densese import ATTN_LAYERS, SE_PLACEMENTS
+from timm_densese.cli import main
+from timm_densese.errors import ImagesError
+from timm_densese.explain import explain, grad_cam, overlay, read_gates
+
+
+def create(**kwargs):
+    model = timm.create_model('se_densenet121', num_classes=5, **SMALL, **kwargs).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.ndim == 1:
+                param.add_(.3 * torch.randn_like(param))
+    return model
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('placement', SE_PLACEMENTS)
+def test_grad_cam_is_right(placement, fused):
+    model = create(se_placement=placement)
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        features = model.forward_features(images)
+    classes = [4, 0, 2]
+    # After average pooling and one linear layer, Grad-CAM's weights are the class's weights: it is CAM.
+    maps = torch.einsum('bchw,bc->bhw', features, model.classifier.weight[classes]).relu().numpy()
+    expected = scale_cam_image(maps, (64, 64))
+    net = timm.models.reparameterize_model(model) if fused else model
+    np.testing.assert_allclose(grad_cam(net, images, classes), expected, atol=2e-3)
+    assert np.ptp(expected) > .5
+    with torch.no_grad():
+        best = model(images).argmax(1).tolist()
+    np.testing.assert_allclose(grad_cam(net, images), grad_cam(model, images, best), atol=2e-3)
+
+
+@pytest.mark.parametrize('name', ['densenet121', 'resnet10t'])
+def test_grad_cam_of_others(name):
+    cam = grad_cam(timm.create_model(name, num_classes=2).eval(), torch.randn(1, 3, 64, 64), [1])
+    assert cam.shape == (1, 64, 64)
+    assert 0 <= cam.min() < cam.max() <= 1
+
+
+@pytest.mark.parametrize('placement', SE_PLACEMENTS)
+def test_every_gate_of_a_transferred_model_reads_a_half(placement):
+    densenet = trained_densenet('densenet121', **SMALL)
+    model = timm.create_model('se_densenet121', se_placement=placement, **SMALL).eval()
+    model.load_state_dict(densenet.state_dict())
+    gates = read_gates(model, torch.randn(2, 3, 64, 64))
+    assert list(gates) == list(model.attn_sites)
+    for name, values in gates.items():
+        assert values.shape[0] == 2, name
+        assert torch.equal(values, torch.full_like(values, .5)), name
+
+
+@pytest.mark.parametrize('attn_layer', ATTN_LAYERS)
+def test_gates_are_what_channels_are_multiplied_by(attn_layer):
+    model = create(attn_layer=attn_layer)
+    attn = model.get_submodule('features.se3')
+    with torch.no_grad():
+        for param in attn.parameters():
+            param.normal_(0, .5)
+    seen = {}
+    attn.register_forward_hook(lambda module, args, output: seen.update(x=args[0], y=output))
+    gates = read_gates(model, torch.randn(2, 3, 64, 64))['features.se3']
+    x, y = seen['x'].double(), seen['y'].double()
+    if attn_layer in ('se', 'ese', 'eca', 'ecam', 'ceca', 'gc'):  # those that have one gate for a whole channel
+        torch.testing.assert_close(gates[:, :, None, None] * x, y, rtol=1e-4, atol=1e-5)
+    assert (gates >= 0).all()
+    assert gates.shape == (2, model.num_features)
+
+
+def test_overlay_lies_on_the_image():
+    config = {'mean': (.5, .4, .3), 'std': (.2, .2, .2)}
+    cam = np.zeros((8, 8), np.float32)
+    cam[:, 4:] = 1
+    image = torch.zeros(3, 8, 8)
+    drawn = np.asarray(overlay(image, cam, config)).astype(int)
+    assert drawn.shape == (8, 16, 3)
+    np.testing.assert_allclose(drawn[:, :8], np.broadcast_to((127, 102, 76), (8, 8, 3)), atol=1)
+    assert drawn[4, 15, 0] > drawn[4, 15, 2]  # hot where the map is high
+    assert drawn[4, 8, 2] > drawn[4, 8, 0]
+
+
+def test_explain_writes_overlays_and_profiles(trained, tmp_path, capsys):
+    broken = trained[0] / 'test' / 'broken.jpg'
+    broken.write_bytes(b'no image')
+    before = trained[1].parent / 'checkpoint-0.pth.tar'
+    before = before if before.exists() else trained[1].with_name('last.pth.tar')
+    try:
+        assert main(['explain', str(trained[1]), str(trained[0] / 'test'), '--out', str(tmp_path / 'out'),
+                     '--before', str(before)]) == 0
+    finally:
+        broken.unlink()
+    said = capsys.readouterr().out
+    assert 'not readable' in said
+    assert 'features.se3' in said
+    overlays = sorted((tmp_path / 'out' / 'cam').iterdir())
+    assert len(overlays) == 24
+    assert Image.open(overlays[0]).size == (64, 32)
+    profile = json.loads((tmp_path / 'out' / 'excitation.json').read_text())
+    assert profile['images'] == {'spots': 12, 'stripes': 12}
+    separations = [site['separation'] for site in profile['sites'].values()]
+    assert separations == sorted(separations, reverse=True)
+    assert 0 < separations[0] <= 1
+    with open(tmp_path / 'out' / 'excitation.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * sum(site['channels'] for site in profile['sites'].values())
+    assert all(0 < float(row['mean_gate']) < 1 and 0 < float(row['mean_gate_before']) < 1 for row in rows)
+    assert Image.open(tmp_path / 'out' / 'excitation.png').size[0] > 400
+
+
+def test_saturated_dead_and_separating_gates(tmp_path, monkeypatch, trained):
+    from timm_densese import explain as module
+    loaded = module.load_model(str(trained[1]))
+    with torch.no_grad():
+        fc2 = loaded.model.get_submodule('features.se3').fc2
+        fc2.weight.zero_()
+        fc2.bias.copy_(torch.tensor([9.] * 3 + [-9.] * 2 + [0.] * (len(fc2.bias) - 5)))
+    monkeypatch.setattr(module, 'load_model', lambda name: loaded)
+    site = explain('', [str(trained[0] / 'test')], tmp_path / 'out')['sites']['features.se3']
+    assert (site['saturated'], site['dead'], site['separation']) == (3, 2, 0)
+
+
+def test_explain_refuses(trained, hub, tmp_path):
+    put_on_hub(hub, 'timm/densenet121.ra_in1k', timm.create_model('densenet121'))
+    images = str(trained[0] / 'test' / 'spots')
+    with pytest.raises(ImagesError, match='attention in other places'):
+        explain(str(trained[1]), [images], tmp_path / 'out', before='se_densenet121')
+    (tmp_path / 'broken.png').write_bytes(b'')
+    with pytest.raises(ImagesError, match='can be read'):
+        explain(str(trained[1]), [str(tmp_path / 'broken.png')], tmp_path / 'out')
+    with pytest.raises(ImagesError, match='there are no images'):
+        explain(str(trained[1]), [str(tmp_path / '*.gif')], tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()

@@ -1,0 +1,284 @@
+"""What a model looks at, and what its gates do.
+
+Papers:
+    * `Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization` -
+      https://arxiv.org/abs/1610.02391
+    * `Squeeze-and-Excitation Networks` - https://arxiv.org/abs/1709.01507 (its figure of mean gates by class)
+"""
+import csv
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+
+from .errors import ImagesError
+from .files import check_new_folder, new_folder
+from .hub import Checkpoint, load_model
+from .images import find_images, load_batches
+
+__all__ = ['draw_gates', 'explain', 'grad_cam', 'overlay', 'read_gates']
+
+_SATURATED, _DEAD = .95, .05
+_SITES_SHOWN = 9
+
+
+def grad_cam(model: Any, images: torch.Tensor, classes: Optional[Sequence[int]] = None) -> np.ndarray:
+    """Compute Grad-CAM on the final feature map: what the pooling before the classifier sees.
+
+    Args:
+        model: A DenseNet or SE-DenseNet in eval mode, fused or not, or another convolutional net of timm.
+        images: (B, C, H, W).
+        classes: Class to explain for each image, by default the most probable.
+
+    Returns:
+        Maps (B, H, W) from 0 to 1.
+    """
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    features = getattr(model, 'features', None)
+    layer = features if isinstance(features, nn.Sequential) else model.get_submodule(model.feature_info[-1]['module'])
+    targets = None if classes is None else [ClassifierOutputTarget(i) for i in classes]
+    with torch.enable_grad(), GradCAM(model, [layer]) as cam:
+        return cam(input_tensor=images, targets=targets)
+
+
+def overlay(image: torch.Tensor, cam: np.ndarray, data_config: Dict[str, Any]) -> Image.Image:
+    """Draw a map over the image that the model saw.
+
+    Args:
+        image: (3, H, W), normalised.
+        cam: (H, W), from 0 to 1.
+        data_config: Preprocessing, for its mean and std.
+
+    Returns:
+        The image beside the image with the map, 2 W by H pixels.
+    """
+    from pytorch_grad_cam.utils.image import show_cam_on_image
+
+    mean, std = (np.array(data_config[key]) for key in ('mean', 'std'))
+    pixels = (image.permute(1, 2, 0).cpu().numpy() * std + mean).clip(0, 1)
+    drawn = show_cam_on_image(pixels.astype(np.float32), cam, use_rgb=True)
+    return Image.fromarray(np.hstack([(255 * pixels).astype(np.uint8), drawn]))
+
+
+@contextmanager
+def _recorded_gates(model: Any) -> Iterator[Dict[str, torch.Tensor]]:
+    """Record the gates of each attention, (B, C), in the forward passes inside."""
+    gates: Dict[str, torch.Tensor] = {}
+
+    def record(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            # The factor from input to output, by least squares over the positions: of a channel gate, the gate.
+            x, y = args[0].double(), output.double()
+            gates[name] = ((x * y).sum((2, 3)) / (x * x).sum((2, 3))).cpu()
+        return hook
+
+    def record_gate(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            gates[name] = output.double().flatten(1).cpu()
+        return hook
+
+    handles = []
+    for name in model.attn_sites:
+        attn = model.get_submodule(name)
+        # timm's SEModule ends in its gate. Others differ in how theirs is applied, so that it is measured.
+        handles.append(attn.gate.register_forward_hook(record_gate(name)) if type(attn).__name__ == 'SEModule' else
+                       attn.register_forward_hook(record(name)))
+    try:
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def read_gates(model: Any, images: torch.Tensor) -> Dict[str, torch.Tensor]:
+    """Read what each attention multiplies its channels by.
+
+    Args:
+        model: SE-DenseNet in eval mode, not fused.
+        images: (B, C, H, W).
+
+    Returns:
+        Gates (B, channels) in float64 by the attention's name in the model. For attentions with a gate for each
+        position, too, its mean, weighted by the squared features.
+    """
+    with _recorded_gates(model) as gates:
+        model(images)
+    return gates
+
+
+def explain(
+        model: str,
+        images: Sequence[str],
+        out: Path,
+        before: str = '',
+        device: str = '',
+        batch_size: int = 16,
+) -> Dict[str, Any]:
+    """Write Grad-CAM overlays and the excitation profiles of a model.
+
+    Args:
+        model: What `timm_densese.hub.load_model` takes.
+        images: Files, folders and patterns. Where an image's folder is named as a class, that is its class; the others
+            count for the class that the model gives them.
+        out: Folder to write, which must not exist or be empty: cam/ with an overlay for each image, and for
+            SE-DenseNets excitation.csv (site, channel, class, mean gate), excitation.json (what separates classes,
+            saturated and dead gates, by site) and excitation.png.
+        before: The model before fine-tuning, to draw its gates, too.
+        device: Device, by default CUDA where there is one.
+        batch_size: Images a batch.
+
+    Returns:
+        What excitation.json holds; empty for a model without attention.
+
+    Raises:
+        ImagesError: There are no images, or none can be read.
+        UserError: A model cannot be loaded, or `out` is not empty.
+    """
+    import pytorch_grad_cam  # noqa: F401  it is missed before there is work to lose
+
+    check_new_folder(out, '--out')
+    paths = find_images(images)
+    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    loaded = load_model(model)
+    earlier = load_model(before) if before else None
+    sites = list(getattr(loaded.model, 'attn_sites', {}))
+    if earlier and list(getattr(earlier.model, 'attn_sites', {})) != sites:
+        raise ImagesError(f'{before} has its attention in other places than {model}.')
+    names = loaded.label_names or [str(i) for i in range(loaded.model.num_classes)]
+
+    for each in filter(None, (loaded, earlier)):
+        each.model.to(where)
+    with new_folder(out) as work:
+        (work / 'cam').mkdir()
+        labels: List[int] = []
+        gates: Dict[str, List[torch.Tensor]] = {site: [] for site in sites}
+        gates_before: Dict[str, List[torch.Tensor]] = {site: [] for site in sites}
+        for places, batch, errors in load_batches(paths, loaded.data_config, batch_size, desc='explain'):
+            for place, error in errors.items():
+                print(f'not readable: {paths[place]} ({error})')
+            if not places:
+                continue
+            batch = batch.to(where)
+            with torch.inference_mode():
+                called = loaded.model(batch).argmax(1).tolist()
+            labels += [names.index(paths[place].parent.name) if paths[place].parent.name in names else prediction
+                       for place, prediction in zip(places, called, strict=True)]
+            for image, cam, place, prediction in zip(
+                    batch, grad_cam(loaded.model, batch, called), places, called, strict=True):
+                name = f'{place:05}-{paths[place].stem[:80]}-{_file_name(names[prediction])}.png'
+                overlay(image, cam, loaded.data_config).save(work / 'cam' / name)
+            if sites:
+                _append(gates, loaded, batch)
+                if earlier:
+                    _append(gates_before, earlier, batch)
+        if not labels:
+            raise ImagesError(f'None of the {len(paths)} images can be read.')
+        profile: Dict[str, Any] = {}
+        if sites:
+            joined = {site: torch.cat(values).numpy() for site, values in gates.items()}
+            joined_before = {site: torch.cat(values).numpy() for site, values in gates_before.items() if values}
+            profile = _profile(joined, joined_before, np.array(labels), names)
+            _write_profile(work, profile, joined, joined_before, np.array(labels), names)
+    print(f'{len(labels)} overlays in {out / "cam"}')
+    if not sites:
+        print(f'{model} has no attention of this package, so there is no excitation to show.')
+    for site, row in list(profile.get('sites', {}).items())[:_SITES_SHOWN]:
+        print(f'{site}: separation {row["separation"]:.3f}, gates {row["mean"]:.3f} on average, '
+              f'{row["saturated"]} saturated and {row["dead"]} dead of {row["channels"]}')
+    return profile
+
+
+def _append(gates: Dict[str, List[torch.Tensor]], loaded: Checkpoint, images: torch.Tensor) -> None:
+    for site, values in read_gates(loaded.model, images).items():
+        gates[site].append(values)
+
+
+def _file_name(label: str) -> str:
+    return ''.join(c if c.isalnum() else '_' for c in label)[:40]
+
+
+def _profile(
+        gates: Dict[str, np.ndarray],
+        before: Dict[str, np.ndarray],
+        labels: np.ndarray,
+        names: Sequence[str],
+) -> Dict[str, Any]:
+    """Sites from the one that separates classes best: share of the gates' variance that lies between classes."""
+    found: Dict[str, Any] = {}
+    for site, values in gates.items():
+        mean = values.mean(0)
+        total = ((values - mean) ** 2).sum(0)
+        between = sum((labels == i).sum() * (values[labels == i].mean(0) - mean) ** 2 for i in np.unique(labels))
+        share = np.divide(between, total, out=np.zeros_like(total), where=total > 1e-12)
+        found[site] = {
+            'channels': len(mean), 'mean': float(mean.mean()), 'separation': float(share.mean()),
+            'best_channel': int(share.argmax()), 'best_separation': float(share.max()),
+            'saturated': int((mean > _SATURATED).sum()), 'dead': int((mean < _DEAD).sum())}
+        if site in before:
+            moved = mean - before[site].mean(0)
+            found[site].update(mean_before=float(before[site].mean()), moved=float(np.abs(moved).mean()))
+    return {
+        'images': {names[i]: int((labels == i).sum()) for i in np.unique(labels)},
+        'saturated_above': _SATURATED, 'dead_below': _DEAD,
+        'sites': dict(sorted(found.items(), key=lambda item: -item[1]['separation']))}
+
+
+def _write_profile(
+        work: Path,
+        profile: Dict[str, Any],
+        gates: Dict[str, np.ndarray],
+        before: Dict[str, np.ndarray],
+        labels: np.ndarray,
+        names: Sequence[str],
+) -> None:
+    (work / 'excitation.json').write_text(json.dumps(profile, indent=1))
+    with open(work / 'excitation.csv', 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(['site', 'channel', 'class', 'mean_gate', *(['mean_gate_before'] if before else [])])
+        for site, values in gates.items():
+            for i in np.unique(labels):
+                now = values[labels == i].mean(0)
+                then = [before[site][labels == i].mean(0)] if before else []
+                writer.writerows([site, channel, names[i], *row] for channel, row in enumerate(
+                    zip(now, *then, strict=True)))
+    shown = list(profile['sites'])[:_SITES_SHOWN]
+    draw_gates({site: {names[i]: gates[site][labels == i].mean(0) for i in np.unique(labels)} for site in shown},
+               {site: before[site].mean(0) for site in shown if site in before},
+               ).savefig(work / 'excitation.png', dpi=100)
+
+
+def draw_gates(gates: Dict[str, Dict[str, np.ndarray]], before: Optional[Dict[str, np.ndarray]] = None) -> Any:
+    """Draw the gates of each channel, a panel a site and a line a class, as the SE paper does.
+
+    Args:
+        gates: For each site, for each class, its gates (channels,).
+        before: For each site, the gates before fine-tuning.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(gates))
+    rows = -(-len(gates) // columns)
+    figure = Figure(figsize=(4.2 * columns + .8, 2.6 * rows), layout='constrained')
+    axes: Any = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat[len(gates):]:
+        ax.set_axis_off()
+    for ax, (site, by_class) in zip(axes.flat, gates.items(), strict=False):
+        if before and site in before:
+            ax.plot(before[site], color='gray', lw=1, label='before')
+        for label, values in by_class.items():
+            ax.plot(values, lw=.8, label=label[:24])
+        ax.set(title=site, xlabel='channel', ylabel='mean gate', ylim=(0, 1))
+        ax.title.set_fontsize(9)
+    axes.flat[0].legend(fontsize=7)
+    return figure

@@ -1,0 +1,43 @@
+"""Folders that appear whole or not at all."""
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Type
+
+from .errors import UserError
+
+__all__ = ['check_new_folder', 'new_folder']
+
+
+def check_new_folder(out: Path, option: str, error: Type[UserError] = UserError) -> None:
+    """Refuse a folder that holds something, before there is work to lose.
+
+    Args:
+        out: Folder that is to be written.
+        option: The option that named it, for the message.
+        error: Class of the error to raise.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise error(f'{out} exists and is not empty. Remove it or choose another {option}.')
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Give a hidden folder to write to, which gets its name when all went well and is removed when not.
+
+    Args:
+        out: Name that the folder gets; nothing or an empty folder is there.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent))
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        if out.exists():
+            out.rmdir()  # empty, as was checked
+        os.rename(work, out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise

@@ -1,0 +1,106 @@
+"""A local web page to try a model: a prediction, what it looks at, and what its gates do."""
+import os
+from pathlib import Path
+from typing import Any, Optional, Tuple
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from .errors import UserError
+from .explain import draw_gates, grad_cam, overlay, read_gates
+from .hub import load_model
+from .images import read_image
+from .predict import read_temperature
+
+__all__ = ['create_page', 'serve']
+
+NOTICE = ('**This is no medical device.** For research and teaching: its answers are not for diagnosis. Images stay on '
+          'this computer.')
+MAX_MEGABYTES, MAX_MEGAPIXELS = 10, 40
+_TOP_K = 5
+_SITES_SHOWN = 3
+
+
+def create_page(model: str, calibration: Optional[Path] = None, device: str = '') -> Any:
+    """Create the page.
+
+    Args:
+        model: What `timm_densese.hub.load_model` takes.
+        calibration: metrics.json of `timm-densese evaluate`, for calibrated probabilities.
+        device: Device, by default CUDA where there is one.
+
+    Returns:
+        A gradio.Blocks.
+
+    Raises:
+        UserError: The model cannot be loaded.
+    """
+    os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # a page about patients tells nobody
+    import gradio as gr
+
+    temperature = read_temperature(calibration)
+    loaded = load_model(model)
+    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    net = loaded.model.to(where)
+    names = loaded.label_names or [str(i) for i in range(net.num_classes)]
+    transform: Any = create_transform(**loaded.data_config)
+    has_gates = bool(getattr(net, 'attn_sites', None))
+
+    def answer(file: Optional[str]) -> Tuple[Any, Any, Any]:
+        if not file:
+            raise gr.Error('Choose an image first.')
+        try:
+            with Image.open(file) as opened:
+                pixels = opened.width * opened.height
+            if pixels > 1e6 * MAX_MEGAPIXELS:
+                raise gr.Error(f'This image has {pixels / 1e6:.0f} megapixels; at most {MAX_MEGAPIXELS} are read.')
+            image = transform(read_image(file))[None].to(where)
+        except gr.Error:
+            raise
+        except Exception as e:  # PIL's decoders raise whatever they meet
+            raise gr.Error(f'This file cannot be read as an image ({type(e).__name__}: {e}).') from e
+        with torch.inference_mode():
+            probabilities = (net(image).float() / temperature).softmax(1)[0].tolist()
+        cam = overlay(image[0], grad_cam(net, image)[0], loaded.data_config)
+        figure = None
+        if has_gates:
+            gates = read_gates(net, image)
+            figure = draw_gates({site: {'this image': values[0].numpy()} for site, values in
+                                 list(gates.items())[-_SITES_SHOWN:]})
+        return dict(zip(names, probabilities, strict=True)), cam, figure
+
+    with gr.Blocks(title='timm-densese', analytics_enabled=False) as page:
+        gr.Markdown(f'# {Path(model).name if Path(model).exists() else model}\n{NOTICE}')
+        with gr.Row():
+            with gr.Column():
+                file = gr.File(label=f'Image, at most {MAX_MEGABYTES} MB and {MAX_MEGAPIXELS} megapixels',
+                               file_types=['image'], type='filepath', elem_id='upload')
+                button = gr.Button('Predict', variant='primary', elem_id='predict')
+            with gr.Column():
+                label = gr.Label(num_top_classes=_TOP_K, elem_id='prediction', label=(
+                    'Prediction, calibrated' if calibration else 'Prediction, probabilities not calibrated'))
+                cam = gr.Image(label='What it looked at (Grad-CAM)', interactive=False, elem_id='cam')
+        gates = gr.Plot(label='Gates of the channels', visible=has_gates, elem_id='gates')
+        button.click(answer, file, [label, cam, gates])
+    return page
+
+
+def serve(model: str, calibration: Optional[Path] = None, device: str = '', port: int = 7860) -> None:
+    """Open the page on 127.0.0.1, until it is interrupted.
+
+    Args:
+        model: What `timm_densese.hub.load_model` takes.
+        calibration: metrics.json of `timm-densese evaluate`.
+        device: Device, by default CUDA where there is one.
+        port: Port.
+
+    Raises:
+        UserError: The model cannot be loaded, or the port is taken.
+    """
+    page = create_page(model, calibration, device)
+    print(NOTICE.replace('*', ''))
+    try:
+        page.launch(server_name='127.0.0.1', server_port=port, max_file_size=f'{MAX_MEGABYTES}mb', inbrowser=True)
+    except OSError as e:
+        raise UserError(f'Port {port} cannot be opened ({e}). Choose another --port.') from e
