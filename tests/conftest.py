@@ -50,7 +50,8 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     split_images(root / 'images', root / 'split', val=.2, test=.3)
     torch.manual_seed(0)
     train(TrainConfig(data_dir=str(root / 'split'), output=str(root / 'run'), model='se_densenet121',
-                      model_kwargs=dict(SMALL, se_placement='stage'), img_size=32, workers=0, epochs=6, lr=1e-2))
+                      model_kwargs=dict(SMALL, se_placement='stage'), img_size=32, workers=0, epochs=7, lr=1e-2,
+                      batch_size=8))
     return root / 'split', root / 'run' / 'model_best.pth.tar'
 
 

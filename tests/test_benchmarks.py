@@ -49,7 +49,8 @@ def test_quick_throughput(tmp_path):
 def test_ctrl_c_leaves_what_was_measured(tmp_path):
     process = subprocess.Popen(
         [sys.executable, BENCHMARKS / 'throughput.py', '--executions', 'eager', '--dtypes', 'float32', '--kinds',
-         'infer', '--img-size', '64', '--seconds', '.1', '--batch-sizes', '1', '2', '4', '8', '16', '32', '--out', tmp_path],
+         'infer', '--img-size', '64', '--seconds', '.1', '--batch-sizes',
+         *['1', '2', '4', '8', '16', '32'], '--out', tmp_path],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / 'rows.jsonl').exists():

@@ -66,7 +66,7 @@ def start_training(options):
 
 
 def test_twenty_kills_change_nothing(data, tmp_path):
-    options = vars(config(data, tmp_path / 'whole', epochs=20, drop=.2))
+    options = vars(config(data, tmp_path / 'whole', epochs=60, drop=.2))
     whole = start_training(options)
     whole.join()
     assert whole.exitcode == 0
@@ -78,14 +78,14 @@ def test_twenty_kills_change_nothing(data, tmp_path):
     while killed < 20:
         resume = str(output / 'last.pth.tar') if (output / 'last.pth.tar').exists() else ''
         process = start_training({**options, 'resume': resume})
-        process.join(rng.uniform(.2, 1.4))
+        process.join(rng.uniform(.3, .8))
         if process.exitcode is not None:
             break
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         killed += 1
-    assert killed >= 10  # the training was long enough to be killed often
-    process = start_training({**options, 'resume': str(output / 'last.pth.tar'), 'epochs': 20})
+    assert killed == 20
+    process = start_training({**options, 'resume': str(output / 'last.pth.tar')})
     process.join()
     expected, found = load(tmp_path / 'whole'), load(output)
     for key in ('state_dict', 'state_dict_ema', 'optimizer', 'metric', 'epoch'):
@@ -214,9 +214,9 @@ def test_an_image_that_is_damaged_after_the_split(data, tmp_path):
     broken = min((tmp_path / 'data' / 'train' / 'spots').iterdir())
     broken.write_bytes(broken.read_bytes()[:100])
     result = run('train', tmp_path / 'data', '--output', tmp_path / 'run', '--epochs', 1, '--workers', 0, '--img-size',
-                 32, '--model-kwargs', 'growth_rate=4', 'block_config=(2,2,2)')
+                 32, '-b', 2, '--model-kwargs', 'growth_rate=4', 'block_config=(2,2,2)')
     assert result.returncode == 0
-    assert broken.name in result.stderr  # timm's reader skips it and says so
+    assert result.stderr.count(f'not readable, the next image takes its place: {broken}') == 1
 
 
 @pytest.mark.parametrize(('change', 'message'), [
@@ -239,7 +239,7 @@ def test_folders_too_poor_to_split(tmp_path, change, message):
     (lambda d: shutil.rmtree(d / 'val' / 'spots'), 'the same two or more classes'),
     (lambda d: [p.unlink() for p in (d / 'train' / 'spots').iterdir()], 'the same two or more classes'),
     (lambda d: shutil.rmtree(d / 'train' / 'spots'), 'the same two or more classes'),
-    (lambda d: [p.unlink() for c in (d / 'train').iterdir() for p in c.iterdir()], 'no images'),
+    (lambda d: [p.unlink() for c in (d / 'train').iterdir() for p in c.iterdir()], 'holds no images'),
     (lambda d: shutil.rmtree(d / 'train'), 'is not there'),
 ])
 def test_folders_that_cannot_be_trained_on(data, tmp_path, change, message):
@@ -256,7 +256,8 @@ def test_a_loss_that_is_no_number(data, tmp_path):
     train(config(data, tmp_path, epochs=1))
     before = load(tmp_path)
     with pytest.raises(TrainingError, match=r'loss is nan in batch \d+ of epoch [12]'):
-        train(config(data, tmp_path, epochs=3, resume=str(tmp_path / 'last.pth.tar'), lr=1e30, warmup_epochs=0))
+        train(config(data, tmp_path, epochs=3, resume=str(tmp_path / 'last.pth.tar'), lr=1e30, warmup_epochs=0,
+                     batch_size=4))
     assert same(load(tmp_path)['state_dict'], before['state_dict'])
     assert all(torch.isfinite(t).all() for t in load(tmp_path)['state_dict'].values())
 

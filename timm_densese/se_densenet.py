@@ -140,10 +140,10 @@ class SEDenseNet(densenet.DenseNet):
             Missing and unexpected names, as torch gives them.
 
         Raises:
-            CheckpointMismatchError: With `strict`, a backbone or attention tensor does not fit.
+            CheckpointMismatchError: With `strict`, a tensor does not fit; the model is as it was.
         """
         try:
-            state_dict = checkpoint_filter_fn(state_dict, self)
+            state_dict = checkpoint_filter_fn(state_dict, self, adapted=strict)
         except CheckpointMismatchError:
             if strict:
                 raise

@@ -11,10 +11,10 @@ import os
 import random
 import shutil
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
 
 import numpy as np
 import timm
@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import yaml
 from filelock import FileLock, Timeout  # comes with huggingface_hub, as tqdm does
+from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
@@ -35,6 +36,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
 from .errors import TrainingError
+from .images import read_image
 
 __all__ = ['TrainConfig', 'predict', 'train']
 
@@ -103,24 +105,44 @@ class TrainConfig:
 # Data.
 
 
-class _SeededDataset(Dataset):
-    """Images augmented from a seed of their own, so that the order and place of loading do not matter."""
+class _Images(Dataset):
+    """Images of a split, read as predictions read them; one that cannot be read gives its place to the next.
 
-    def __init__(self, dataset: ImageDataset, seed: int) -> None:
-        self.dataset = dataset
+    With a seed, each is augmented from a seed of its own, so that the order and place of loading do not matter.
+    """
+
+    def __init__(self, dataset: ImageDataset, transform: Any, seed: Optional[int] = None) -> None:
+        self.samples: List[Tuple[str, int]] = dataset.reader.samples
+        self.transform = transform
         self.seed = seed
         self.epoch = 0
+        self.told: Set[str] = set()
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> Tuple[torch.Tensor, int]:
+        image, label = self._read(index)
+        if self.seed is None:
+            return self.transform(image), label
         seed = int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
         with torch.random.fork_rng(devices=[]):  # with workers=0 this process draws the model's dropout
             torch.manual_seed(seed)
-            return self.dataset[index]
+            return self.transform(image), label
+
+    def _read(self, index: int) -> Tuple[Image.Image, int]:
+        for i in range(len(self)):
+            path, label = self.samples[(index + i) % len(self)]
+            try:
+                return read_image(path), label
+            except Exception as e:  # PIL's decoders raise whatever they meet
+                if path not in self.told:
+                    self.told.add(path)
+                    print(f'not readable, the next image takes its place: {path} ({type(e).__name__}: {e})',
+                          file=sys.stderr)
+        raise TrainingError(f'None of the {len(self)} images can be read.')
 
 
 def _open_split(config: TrainConfig, split: str) -> ImageDataset:
@@ -129,7 +151,10 @@ def _open_split(config: TrainConfig, split: str) -> ImageDataset:
         raise TrainingError(
             f'{folder} is not there. Make train/, val/ and test/ from a folder of class folders with: '
             f'timm-densese data split SRC --out DIR')
-    return create_dataset('', root=str(config.data_dir), split=split)
+    try:
+        return create_dataset('', root=str(config.data_dir), split=split)
+    except RuntimeError as e:
+        raise TrainingError(f'{folder} holds no images in class folders ({e}).') from e
 
 
 def _create_loaders(
@@ -140,21 +165,21 @@ def _create_loaders(
         world: int,
         rank: int,
 ) -> Tuple[DataLoader, DataLoader]:
-    train_set.transform = create_transform(
+    train_transform = create_transform(
         data_config['input_size'], is_training=True, no_aug=config.no_aug, scale=(config.scale[0], config.scale[1]),
         ratio=(config.ratio[0], config.ratio[1]),
         hflip=config.hflip, vflip=config.vflip, color_jitter=config.color_jitter, auto_augment=config.aa,
         interpolation='random' if not config.no_aug else data_config['interpolation'], mean=data_config['mean'],
         std=data_config['std'], re_prob=config.reprob, re_mode='pixel')
-    val_set.transform = create_transform(**data_config)
     batch_size = min(config.batch_size, len(train_set) // world)
     # The sampler deals the shuffled images out one by one: batch k of all processes together holds the same images,
     # however many processes there are.
     train_loader = DataLoader(
-        _SeededDataset(train_set, config.seed), batch_size, num_workers=config.workers, drop_last=True,
+        _Images(train_set, train_transform, config.seed), batch_size, num_workers=config.workers, drop_last=True,
         sampler=DistributedSampler(train_set, world, rank, shuffle=True, seed=config.seed, drop_last=True))
     val_loader = DataLoader(
-        val_set, config.validation_batch_size or config.batch_size, num_workers=config.workers,
+        _Images(val_set, create_transform(**data_config)), config.validation_batch_size or config.batch_size,
+        num_workers=config.workers,
         sampler=range(rank, len(val_set), world))
     return train_loader, val_loader
 
@@ -352,6 +377,7 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
         model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
     start_epoch = 0
     if config.resume:
+        options_now = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
         if not Path(config.resume).is_file():
             raise TrainingError(f'--resume {config.resume}: there is no such file.')
         try:
@@ -361,6 +387,9 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
                 f'--resume {config.resume} is no checkpoint that this training can go on from ({type(e).__name__}: '
                 f'{str(e).splitlines()[0] if str(e) else ""}). Give --model and --model-kwargs of its args.yaml, or '
                 f'start anew with --initial-checkpoint.') from e
+        for group, now in zip(optimizer.param_groups, options_now, strict=True):
+            group.pop('initial_lr', None)  # the schedule's; a run that failed is resumed with another --lr
+            group.update(now)
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         if config.resume:
@@ -400,8 +429,9 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
             # A kill may have come between last.pth.tar and model_best.pth.tar.
             saver.best_epoch, saver.best_metric = best['epoch'], best[config.eval_metric]
             if best['epoch'] == start_epoch - 1:
-                shutil.copyfile(config.resume, output / 'tmp.pth.tar')
-                os.replace(output / 'tmp.pth.tar', output / 'model_best.pth.tar')
+                with _writing(output, 'The best checkpoint'):
+                    shutil.copyfile(config.resume, output / 'tmp.pth.tar')
+                    os.replace(output / 'tmp.pth.tar', output / 'model_best.pth.tar')
         trim_summary(str(output / 'summary.csv'), start_epoch)
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -429,17 +459,9 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
             lr = max(group['lr'] for group in optimizer.param_groups)
             # The summary before the checkpoint: where a kill comes between them, resuming trims the extra row.
             assert saver is not None
-            try:
+            with _writing(output, f'Epoch {epoch}'):
                 update_summary(epoch, {'loss': train_loss}, metrics, str(output / 'summary.csv'), lr=lr)
                 saver.save_checkpoint(epoch, metrics[config.eval_metric])
-            except (OSError, RuntimeError) as e:  # of torch's writer, which says RuntimeError of a full disk
-                with suppress(OSError):
-                    (output / 'tmp.pth.tar').unlink()
-                raise TrainingError(
-                    f'Epoch {epoch} could not be written to {output}, where '
-                    f'{shutil.disk_usage(output).free / 1e6:.0f} MB are free: {str(e).splitlines()[0]}\n'
-                    f'The checkpoints of earlier epochs are whole. Make room and go on with --resume '
-                    f'{output / "last.pth.tar"}.') from e
             print(f'epoch {epoch}: train loss {train_loss:.4f}, val loss {metrics["loss"]:.4f}, '
                   f'top1 {metrics["top1"]:.1f}%, balanced {metrics["balanced_top1"]:.1f}%'
                   f'{" (best)" if best["epoch"] == epoch else ""}')
@@ -454,6 +476,20 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
     if best is None:
         raise TrainingError(f'{config.resume} has been trained for {config.epochs} epochs already. Raise --epochs.')
     return {'classes': classes, 'before': before, 'best_epoch': best.pop('epoch'), 'best': best}
+
+
+@contextmanager
+def _writing(output: Path, what: str) -> Iterator[None]:
+    """Say what to do where a file cannot be written; a half-written one does not stay."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # torch's writer says RuntimeError of a full disk
+        with suppress(OSError):
+            (output / 'tmp.pth.tar').unlink()
+        raise TrainingError(
+            f'{what} could not be written to {output}, where {shutil.disk_usage(output).free / 1e6:.0f} MB are free: '
+            f'{str(e).splitlines()[0]}\nThe checkpoints of earlier epochs are whole. Make room and go on with '
+            f'--resume {output / "last.pth.tar"}.') from e
 
 
 def _train_epoch(

@@ -24,17 +24,32 @@ __all__ = ['checkpoint_filter_fn', 'transfer_densenet']
 _logger = logging.getLogger(__name__)
 
 
-def _check_keys(state_dict: Mapping[str, Any], model: 'SEDenseNet', expected: Mapping[str, torch.Tensor]) -> None:
-    """Raise where the checkpoint's backbone, and its attention if `expected` holds it, is not the model's.
+def _check_keys(
+        state_dict: Mapping[str, Any],
+        model: 'SEDenseNet',
+        expected: Mapping[str, torch.Tensor],
+        adapted: bool,
+) -> None:
+    """Raise where the checkpoint's tensors are not those expected.
 
-    Not looked at: the classifier and the first convolution's input channels, which timm adapts afterwards and checks
-    on loading, and num_batches_tracked, which checkpoints older than torch 0.4.1 lack.
+    Not looked at: num_batches_tracked, which checkpoints older than torch 0.4.1 lack, and before timm has adapted them
+    the classifier and the first convolution's input channels.
+
+    Args:
+        state_dict: The checkpoint.
+        model: The model it is for, for the message.
+        expected: The tensors that it should hold.
+        adapted: timm has adapted the classifier and the first convolution.
+
+    Raises:
+        CheckpointMismatchError: Some are missing, left over, or of another shape.
     """
     def checked(name: str) -> bool:
-        return not name.startswith('classifier.') and not name.endswith('.num_batches_tracked')
+        return (adapted or not name.startswith('classifier.')) and not name.endswith('.num_batches_tracked')
 
     def shape(name: str, tensor: torch.Tensor) -> Tuple[int, ...]:
-        return tensor.shape[:1] + tensor.shape[2:] if name == 'features.conv0.weight' else tensor.shape
+        first = name == 'features.conv0.weight' and not adapted
+        return tensor.shape[:1] + tensor.shape[2:] if first else tensor.shape
 
     missing = [k for k in expected if checked(k) and k not in state_dict]
     unexpected = [k for k in state_dict if checked(k) and k not in expected]
@@ -99,12 +114,17 @@ def _absorb_into_norm(
     }
 
 
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: 'SEDenseNet') -> Dict[str, Any]:
+def checkpoint_filter_fn(
+        state_dict: Mapping[str, Any],
+        model: 'SEDenseNet',
+        adapted: bool = False,
+) -> Dict[str, Any]:
     """Fit a checkpoint to an SE-DenseNet: a DenseNet's is transferred, an SE-DenseNet's is left as it is.
 
     Args:
         state_dict: Tensors by timm's or torchvision's names, of a DenseNet or of this model.
         model: The SE-DenseNet that they are for.
+        adapted: timm has adapted the classifier and the first convolution already, so that these must fit, too.
 
     Returns:
         A new dict by the model's names.
@@ -116,7 +136,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: 'SEDenseNet') -> 
     own = model.state_dict()
     attn_keys = tuple(f'{name}.' for name in model.attn_sites)
     if any(key.startswith(attn_keys) for key in state_dict):
-        _check_keys(state_dict, model, own)
+        _check_keys(state_dict, model, own, adapted)
         return state_dict
-    _check_keys(state_dict, model, {k: v for k, v in own.items() if not k.startswith(attn_keys)})
+    backbone = {k: v for k, v in own.items() if not k.startswith(attn_keys)}
+    _check_keys(state_dict, model, backbone, adapted)
     return transfer_densenet(state_dict, model)
