@@ -377,6 +377,8 @@ def main() -> None:
     parser.add_argument('--batch-sizes', type=int, nargs='+',
                         default=[1, 8, 32, 64, 128, 256] if device().type == 'cuda' else [1, 4, 8, 16],
                         help='and, in eager mode, the largest that fits')
+    parser.add_argument('--largest', action=argparse.BooleanOptionalAction, default=True,
+                        help='find and measure the largest batch that fits')
     parser.add_argument('--img-size', type=int, default=224, help='height and width in pixels')
     parser.add_argument('--memory-limit', type=float,
                         help='GB in which the largest batch is to fit; default: what is free')
@@ -408,7 +410,7 @@ def main() -> None:
                 left = [model for model in left if not (args.quick and model.startswith('torchvision'))]
                 for batch_size in args.batch_sizes:
                     left = bench.group(kind, execution, dtype, dict.fromkeys(left, batch_size), Path(folder))
-                for model in left if execution == 'eager' else []:
+                for model in left if execution == 'eager' and args.largest else []:
                     size = largest_batch(kind, model, dtype, args.img_size, args.batch_sizes[-1], args.memory_limit)
                     if size:
                         bench.group(kind, execution, dtype, {model: size}, Path(folder), 'largest')

@@ -256,7 +256,7 @@ def _write_profile(
 
 
 def draw_gates(gates: Dict[str, Dict[str, np.ndarray]], before: Optional[Dict[str, np.ndarray]] = None) -> Any:
-    """Draw the gates of each channel, a panel a site and a line a class, as the SE paper does.
+    """Draw the gates of each channel, a panel a site and a line a class, as the SE paper does; one class as bars.
 
     Args:
         gates: For each site, for each class, its gates (channels,).
@@ -277,7 +277,10 @@ def draw_gates(gates: Dict[str, Dict[str, np.ndarray]], before: Optional[Dict[st
         if before and site in before:
             ax.plot(before[site], color='gray', lw=1, label='before')
         for label, values in by_class.items():
-            ax.plot(values, lw=.8, label=label[:24])
+            if len(by_class) == 1:
+                ax.bar(range(len(values)), values, width=1, label=label[:24])
+            else:
+                ax.plot(values, lw=.8, label=label[:24])
         ax.set(title=site, xlabel='channel', ylabel='mean gate', ylim=(0, 1))
         ax.title.set_fontsize(9)
     axes.flat[0].legend(fontsize=7)
