@@ -10,7 +10,7 @@ OpenVINO. The models of a row's group run in turns; medians. See benchmarks/READ
 
 Results go to results/throughput-DEVICE/: each row is appended to rows.jsonl as it is measured, so that Ctrl-C loses
 nothing and the next run goes on in the same folder, a newer row replacing an older one in the tables, which have the
-columns of timm's results/benchmark-*.csv, and in the figures.
+columns of timm's results/benchmark-*.csv, in the figures and in README.md, which shows it all.
 """
 import argparse
 import csv
@@ -315,6 +315,46 @@ def write_tables(rows: list[dict[str, Any]], out: Path) -> None:
         _replace(out / f'benchmark-{kind}-{dtype}-nhwc-pt{version}-{execution}.csv', text.getvalue().encode())
 
 
+def write_summary(rows: list[dict[str, Any]], out: Path) -> None:
+    """Write README.md: a table for each kind, execution, type and size, with what failed."""
+    first = rows[0]
+    text = [f'# {first["device"]}', f'torch {first["torch"]}, timm {first["timm"]}'
+            + (f', driver {first["driver"]}' if first['driver'] else '') + f', {first["threads"]} threads. Images a '
+            'second, medians; in brackets, against the densenet of the same depth in the same rounds (more is faster). '
+            'Latency of one image; peak memory beyond what the process used before, weights included. Spread, rounds '
+            'and commit are in rows.jsonl.']
+    for kind, execution, dtype, size in dict.fromkeys(
+            (row['kind'], row['execution'], row['dtype'], row['img_size']) for row in rows):
+        group = [row for row in rows if (row['kind'], row['execution'], row['dtype'], row['img_size'])
+                 == (kind, execution, dtype, size)]
+        batches = list(dict.fromkeys(row['batch'] for row in group))
+        header = ['model', *(f'batch {batch}' if batch != 'largest' else 'largest batch' for batch in batches)]
+        header += ['latency, ms (p99)'] if 1 in batches else []
+        lines = ['| ' + ' | '.join(header) + ' |', '|' + '---|' * len(header)]
+        for model in dict.fromkeys(row['model'] for row in group):
+            own = {row['batch']: row for row in group if row['model'] == model}
+            cells = [model, *(_cell(own.get(batch)) for batch in batches)]
+            if 1 in batches:
+                latency = own.get(1, {}).get('latency_ms')
+                cells.append(f'{latency["p50"]:.1f} ({latency["p99"]:.1f})' if latency else '')
+            lines.append('| ' + ' | '.join(cells) + ' |')
+        what = 'Inference' if kind == 'infer' else 'Training step'
+        text += [f'## {what}, {execution}, {dtype}, {size}x{size}', '\n'.join(lines)]
+    text += [f'![{file.stem}]({file.name})' for file in sorted(out.glob('*.png'))]
+    _replace(out / 'README.md', ('\n\n'.join(text) + '\n').encode())
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ''
+    if 'error' in row:
+        return row['error'].replace('|', '/')
+    relative = row['faster_than_densenet']
+    memory = f', {row["peak_memory_mb"]:.0f} MB' if row['peak_memory_mb'] else ''
+    size = f'{row["batch_size"]}: ' if row['batch'] == 'largest' else ''
+    return f'{size}{row["samples_per_sec"]:.1f}' + (f' ({relative:.2f}x)' if relative else '') + memory
+
+
 def _replace(file: Path, content: bytes) -> None:
     partial = file.with_name(f'.{file.name}')
     partial.write_bytes(content)
@@ -423,6 +463,7 @@ def main() -> None:
             rows = read(out)
             write_tables(rows, out)
             draw(rows, out)
+            write_summary(rows, out)
             print(f'{len(rows)} rows in {out}')
 
 

@@ -42,6 +42,10 @@ def test_quick_throughput(tmp_path):
         for row in table:
             speed, step = (float(row[f'{kind}_{name}']) for name in ('samples_per_sec', 'step_time'))
             assert abs(speed * step / 1e3 / int(row[f'{kind}_batch_size']) - 1) < .01
+    summary = (tmp_path / 'README.md').read_text()
+    assert '## Training step, eager, float32, 64x64' in summary
+    inferred = {row['execution'] for row in rows if row['kind'] == 'infer'}
+    assert summary.count('| se_densenet121 fused |') == len(inferred)
     for name in ('infer-batch', 'infer-memory', 'train-batch', 'train-memory', 'se-cost'):
         assert Image.open(tmp_path / f'{name}.png').size[0] > 300
 

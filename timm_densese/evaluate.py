@@ -15,11 +15,12 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Se
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from tqdm import tqdm  # comes with huggingface_hub
 
 from .errors import ImagesError
 from .files import check_new_folder, new_folder
-from .hub import Checkpoint, load_model
+from .hub import Checkpoint, load_model, short_name
 from .images import Logits, compute_logits, find_images, read_image
 
 __all__ = ['evaluate', 'expected_calibration_error', 'fit_temperature']
@@ -100,7 +101,8 @@ def evaluate(
     warnings = _leaks(scored, data, loaded.recipe)
     absent = [name for i, name in enumerate(classes) if i not in scored.labels]
     if absent:
-        warnings.append(f'No images of {", ".join(absent)}: what concerns these classes is left out.')
+        more = f' and {len(absent) - 10} more' if len(absent) > 10 else ''
+        warnings.append(f'No images of {", ".join(absent[:10])}{more}: what concerns these classes is left out.')
     if scored.unreadable:
         warnings.append(f'{len(scored.unreadable)} images could not be read and are not scored.')
 
@@ -130,7 +132,7 @@ def evaluate(
         'command': 'timm-densese evaluate' + (f' --split {split}' if split else ''),
         'interval': f'95% interval, percentiles of {len(samples)} bootstrap samples of {unit}' if len(samples) else '',
         'conditions': ' '.join(warnings),
-        'model': model, 'classes': classes, 'temperature': temperature, 'warnings': warnings,
+        'model': short_name(model), 'classes': classes, 'temperature': temperature, 'warnings': warnings,
         'metrics': {k: v for k, v in with_intervals.items() if '/' not in k},
         'per_class': {name: {k.split('/')[0]: v for k, v in with_intervals.items() if k.endswith(f'/{name}')}
                       for name in classes},
@@ -148,7 +150,7 @@ def evaluate(
         if _classes(other, data / split, compare) != classes:
             raise ImagesError(f'{compare} has the classes {other.label_names}, {model} has {classes}.')
         rival = _run_split(other, data, split, classes, where, batch_size, workers)
-        results.update(_compare(scored, rival, classes, samples, compare))
+        results.update(_compare(scored, rival, classes, samples, short_name(compare)))
 
     figures = _figures(scored.labels, probabilities, calibrated, classes)
     with new_folder(report) as work:
@@ -170,6 +172,9 @@ def _classes(loaded: Checkpoint, folder: Path, model: str) -> List[str]:
                           f'`timm-densese data split SRC --out DIR`.')
     found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
     labels = loaded.label_names or found
+    synsets: List[str] = ImageNetInfo('imagenet-1k').label_names()
+    if found and set(found) <= set(synsets) and loaded.model.num_classes == len(synsets):
+        labels = synsets  # as ImageNet's folders are named
     if len(labels) != loaded.model.num_classes:
         raise ImagesError(f'{model} has {loaded.model.num_classes} outputs and does not name them; {folder} has '
                           f'{len(found)} classes: {", ".join(found[:10]) or "none"}.')
@@ -210,9 +215,11 @@ def _run_split(
 
 
 def _split_table(data: Path) -> Tuple[List[Dict[str, str]], str]:
-    """Rows of the split.csv that tells of a folder, and the column of its split; a fold's lies one folder above."""
+    """Rows of the split.csv that tells of a split, a fold, or a folder in one of them, and the column of its splits."""
     data = data.resolve()
-    for file, column in ((data / 'split.csv', 'split'), (data.parent / 'split.csv', data.name)):
+    above = data.parent
+    for file, column in ((data / 'split.csv', 'split'), (above / 'split.csv', data.name),
+                         (above / 'split.csv', 'split'), (above.parent / 'split.csv', above.name)):
         if file.is_file():
             with open(file, newline='') as table:
                 rows = list(csv.DictReader(table))
@@ -230,8 +237,8 @@ def _leaks(scored: _Split, data: Path, recipe: Dict[str, Any]) -> List[str]:
     """What the scored images share with those trained on, by hashes and by the groups of split.csv."""
     hashes: Set[str] = set()
     groups: Set[int] = set()
-    trained_on = recipe.get('data_dir') or recipe.get('data') or ''
-    folders = {folder.resolve() for folder in (data, Path(trained_on)) if str(folder) and folder.is_dir()}
+    trained_on = recipe.get('data_dir') or recipe.get('data')
+    folders = {Path(folder).resolve() for folder in (data, trained_on) if folder and Path(folder).is_dir()}
     for folder in folders:
         rows, column = _split_table(folder)
         train = [row for row in rows if row[column] == 'train']
@@ -431,10 +438,14 @@ def _figures(
         plt.close(fig)
         figures[name] = content.getvalue()
 
+    legible = len(classes) <= 40
     side = 3.6 + .25 * min(len(classes), 40)
     fig, ax = plt.subplots(figsize=(side, side), layout='constrained')
-    ConfusionMatrixDisplay(_confusion(labels, probabilities), display_labels=classes).plot(
-        ax=ax, cmap='Blues', colorbar=False, xticks_rotation='vertical' if len(classes) > 3 else 'horizontal')
+    ConfusionMatrixDisplay(_confusion(labels, probabilities), display_labels=classes if legible else None).plot(
+        ax=ax, cmap='Blues', colorbar=not legible, include_values=legible,
+        xticks_rotation='vertical' if len(classes) > 3 else 'horizontal')
+    if not legible:
+        ax.set(xticks=[], yticks=[])
     ax.set_title('images')
     save('confusion.png', fig)
 

@@ -27,7 +27,7 @@ from .errors import ModelNotFoundError, PublishError, hub_errors
 from .files import check_new_folder, new_folder
 from .se_densenet import SEDenseNet
 
-__all__ = ['Checkpoint', 'find_weights', 'load_checkpoint', 'load_model', 'publish', 'write_card']
+__all__ = ['Checkpoint', 'find_weights', 'load_checkpoint', 'load_model', 'publish', 'short_name', 'write_card']
 
 
 def find_weights(repo_id: str) -> bool:
@@ -167,6 +167,11 @@ def load_model(of: str) -> Checkpoint:
     if not labels and net.num_classes == 1000:
         labels = list(ImageNetInfo('imagenet-1k').label_descriptions())
     return Checkpoint(net, labels, resolve_data_config({}, model=net), {}, '')
+
+
+def short_name(of: str) -> str:
+    """Name a model for a page that others read: of a path, the last two parts."""
+    return '/'.join(Path(of).parts[-2:]) if Path(of).exists() else of
 
 
 def _label_names(recipe: Dict[str, Any], data: Optional[Path], num_classes: int) -> List[str]:

@@ -9,7 +9,7 @@ from timm.data import create_transform
 
 from .errors import UserError
 from .explain import draw_gates, grad_cam, overlay, read_gates
-from .hub import load_model
+from .hub import load_model, short_name
 from .images import read_image
 from .predict import read_temperature
 
@@ -71,7 +71,7 @@ def create_page(model: str, calibration: Optional[Path] = None, device: str = ''
         return dict(zip(names, probabilities, strict=True)), cam, figure
 
     with gr.Blocks(title='timm-densese', analytics_enabled=False) as page:
-        gr.Markdown(f'# {"/".join(Path(model).parts[-2:]) if Path(model).exists() else model}\n{NOTICE}')
+        gr.Markdown(f'# {short_name(model)}\n{NOTICE}')
         with gr.Row():
             with gr.Column():
                 file = gr.File(label=f'Image, at most {MAX_MEGABYTES} MB and {MAX_MEGAPIXELS} megapixels',
