@@ -70,15 +70,15 @@ def peak_memory(build: Callable[[], Callable[[], Any]]) -> tuple[Callable[[], An
         build: Makes the function to run.
 
     Returns:
-        That function; the peak of its run over what was in use before it was built, in MB, by the allocator on CUDA and
-        of resident memory on Linux's CPUs (None elsewhere); and the seconds of the run.
+        That function; the peak over what was in use before it was built, in MB, by the allocator on CUDA and of resident
+        memory on Linux's CPUs, there of the second run only (None elsewhere); and the seconds of the second run.
     """
     before = _in_use()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # not later: a recorded graph takes its memory when it is built
     run = build()
     run()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == 'linux':
+    if not torch.cuda.is_available() and sys.platform == 'linux':
         _in_use()
         Path('/proc/self/clear_refs').write_text('5')  # starts the peak of resident memory anew
     seconds = _time(run)

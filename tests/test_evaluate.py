@@ -164,7 +164,7 @@ def test_two_models_in_pairs(trained, tmp_path):
     plain = tmp_path / 'plain'
     train(TrainConfig(data_dir=str(trained[0]), output=str(plain), model='resnet10t', img_size=32, workers=0, epochs=1))
     found = run(trained, tmp_path / 'b', compare=str(plain / 'last.pth.tar'))
-    here, there = found['metrics'], found['comparison']['plain/last.pth.tar']  # not the whole path, which others may read
+    here, there = found['metrics'], found['comparison']['plain/last.pth.tar']  # not the path, which others may read
     for name, difference in found['paired']['differences'].items():
         assert difference['value'] == pytest.approx(here[name]['value'] - there[name]['value'])
     mcnemar = found['paired']['mcnemar']
