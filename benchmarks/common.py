@@ -70,8 +70,8 @@ def peak_memory(build: Callable[[], Callable[[], Any]]) -> tuple[Callable[[], An
         build: Makes the function to run.
 
     Returns:
-        That function; the peak over what was in use before it was built, in MB, by the allocator on CUDA and of resident
-        memory on Linux's CPUs, there of the second run only (None elsewhere); and the seconds of the second run.
+        That function; the peak over what was in use before it was built, in MB, by the allocator on CUDA, of resident
+        memory on Linux's CPUs and of the second run only there (None elsewhere); and the seconds of the second run.
     """
     before = _in_use()
     if torch.cuda.is_available():
@@ -84,7 +84,7 @@ def peak_memory(build: Callable[[], Callable[[], Any]]) -> tuple[Callable[[], An
     seconds = _time(run)
     if torch.cuda.is_available():
         return run, (torch.cuda.max_memory_allocated() - before) / 1e6, seconds
-    return run, (_status('VmHWM') - before) / 1e6 if sys.platform == 'linux' else None, seconds
+    return run, (status('VmHWM') - before) / 1e6 if sys.platform == 'linux' else None, seconds
 
 
 def _in_use() -> int:
@@ -96,10 +96,10 @@ def _in_use() -> int:
     if sys.platform != 'linux':
         return 0
     ctypes.CDLL(None).malloc_trim(0)
-    return _status('VmRSS')
+    return status('VmRSS')
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """Bytes that Linux reports for this process."""
     lines = Path('/proc/self/status').read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f'{field}:'))

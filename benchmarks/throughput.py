@@ -43,6 +43,7 @@ from common import (
     openvino_run,
     peak_memory,
     ratio,
+    status,
 )
 from torch._inductor import config as inductor_config
 from tqdm import tqdm
@@ -181,13 +182,14 @@ def _fits(kind: str, model: str, dtype: str, batch_size: int, size: int, limit: 
 def _try(args: tuple[Any, ...], threads: int, limit: float) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what fails here is the answer
     torch.set_num_threads(threads)
-    if sys.platform == 'linux':
-        used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + int(limit * 1e9),) * 2)
+    before = status('VmRSS')
+    # What is asked for is more than what is used. This only keeps the machine from swapping.
+    resource.setrlimit(resource.RLIMIT_AS, (status('VmSize') + int(1.5 * limit * 1e9 + 5e8),) * 2)
     run = build(*args)
     run()
     if args[0] == 'train':
         run()  # beside the optimizer's state, which the first step made
+    sys.exit(status('VmHWM') - before > limit * 1e9)
 
 
 def _available_gigabytes() -> float:
@@ -255,9 +257,11 @@ class Bench:
               error: str | None = None) -> None:
         """Append a record; `batch` is what was asked for, a size or 'largest'."""
         if model not in self.stats:
-            self.stats[model] = stats(model, self.size)
+            with suppress(Exception):  # of a model that failed
+                self.stats[model] = stats(model, self.size)
         row = {'kind': kind, 'execution': execution, 'dtype': dtype, 'img_size': self.size,
-               'batch': batch or batch_size, 'model': model, 'batch_size': batch_size, **self.stats[model]}
+               'batch': batch or batch_size, 'model': model, 'batch_size': batch_size,
+               **self.stats.get(model, {})}
         if seconds is None:
             shown = error
             row['error'] = error
@@ -417,7 +421,8 @@ def main() -> None:
     parser.add_argument('--batch-sizes', type=int, nargs='+',
                         default=[1, 8, 32, 64, 128, 256] if device().type == 'cuda' else [1, 4, 8, 16],
                         help='and, in eager mode, the largest that fits')
-    parser.add_argument('--largest', action=argparse.BooleanOptionalAction, default=True,
+    parser.add_argument('--largest', action=argparse.BooleanOptionalAction,
+                        default=device().type == 'cuda' or sys.platform == 'linux',
                         help='find and measure the largest batch that fits')
     parser.add_argument('--img-size', type=int, default=224, help='height and width in pixels')
     parser.add_argument('--memory-limit', type=float,

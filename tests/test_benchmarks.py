@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import throughput  # benchmarks/throughput.py
 from PIL import Image
 
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
@@ -48,6 +49,18 @@ def test_quick_throughput(tmp_path):
     assert summary.count('| se_densenet121 fused |') == len(inferred)
     for name in ('infer-batch', 'infer-memory', 'train-batch', 'train-memory', 'se-cost'):
         assert Image.open(tmp_path / f'{name}.png').size[0] > 300
+
+
+def test_a_peer_that_fails_is_a_row(tmp_path):
+    bench = throughput.Bench(tmp_path, 32, .01, 3)
+    sizes = {'densenet121': 1, 'no_such_net': 1, 'se_densenet121': 1}
+    assert bench.group('infer', 'eager', 'float32', sizes, tmp_path) == ['densenet121', 'se_densenet121']
+    rows = {row['model']: row for row in throughput.read(tmp_path)}
+    assert 'Unknown model' in rows['no_such_net']['error']
+    assert rows['se_densenet121']['faster_than_densenet'] > 0
+    throughput.write_tables(list(rows.values()), tmp_path)
+    throughput.write_summary(list(rows.values()), tmp_path)
+    assert '| no_such_net | RuntimeError: Unknown model' in (tmp_path / 'README.md').read_text()
 
 
 def test_ctrl_c_leaves_what_was_measured(tmp_path):
