@@ -433,7 +433,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.executions, args.dtypes, args.batch_sizes = ('eager', known['infer'][-2]), ['float32'], [1, 4]
-        args.img_size, args.memory_limit, args.seconds = 64, .3, .3
+        args.img_size, args.memory_limit, args.seconds = 64, .15, .3
     if device().type == 'cpu':
         torch.set_num_threads(min(os.cpu_count() or 1, torch.get_num_threads()))
     elif args.memory_limit:
@@ -441,7 +441,6 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(min(1., args.memory_limit / free))
     torch._dynamo.config.recompile_limit = 64  # models of a class share their code
     name = re.sub(r'\W+', '-', machine()['device']).strip('-').lower() + ('-quick' if args.quick else '')
-    peers = PEERS[1:] if args.quick else PEERS
     out = args.out or RESULTS / f'throughput-{name}'
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench(out, args.img_size, args.seconds, 3 if args.quick else 5)
@@ -451,8 +450,8 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             for kind, execution, dtype in tqdm(groups, unit='group', disable=None):
-                left = [model for variant in args.variants for model in models(kind, variant)] + list(peers)
-                left = [model for model in left if not (args.quick and model.startswith('torchvision'))]
+                left = [model for variant in args.variants for model in models(kind, variant)] + list(PEERS)
+                left = [model for model in left if 'densenet' in model and 'torch' not in model] if args.quick else left
                 for batch_size in args.batch_sizes:
                     left = bench.group(kind, execution, dtype, dict.fromkeys(left, batch_size), Path(folder))
                 for model in left if execution == 'eager' and args.largest else []:
