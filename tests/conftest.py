@@ -42,17 +42,23 @@ def hub() -> HubServer:
     return _server
 
 
+def write_split(root: Path, per_class: int, test: float = .2) -> Path:
+    """A split of generated images, spots and stripes, of 48 pixels."""
+    generate_images(root / 'images', per_class=per_class, size=48)
+    split_images(root / 'images', root / 'split', val=.2, test=test)
+    return root / 'split'
+
+
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory) -> tuple[Path, Path]:
     """A split of generated images, spots and stripes, and the best checkpoint of a small model trained on it."""
     root = tmp_path_factory.mktemp('trained')
-    generate_images(root / 'images', per_class=40, size=48)
-    split_images(root / 'images', root / 'split', val=.2, test=.3)
+    split = write_split(root, 40, test=.3)
     torch.manual_seed(0)
-    train(TrainConfig(data_dir=str(root / 'split'), output=str(root / 'run'), model='se_densenet121',
+    train(TrainConfig(data_dir=str(split), output=str(root / 'run'), model='se_densenet121',
                       model_kwargs=dict(SMALL, se_placement='stage'), img_size=32, workers=0, epochs=7, lr=1e-2,
                       batch_size=8))
-    return root / 'split', root / 'run' / 'model_best.pth.tar'
+    return split, root / 'run' / 'model_best.pth.tar'
 
 
 @pytest.fixture(autouse=True)

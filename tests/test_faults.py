@@ -16,7 +16,7 @@ import timm
 import torch
 import torch.nn as nn
 import yaml
-from conftest import SMALL, trained_densenet
+from conftest import SMALL, trained_densenet, write_split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,10 +30,7 @@ from timm_densese.training import TrainConfig, train
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp('faults')
-    generate_images(root / 'images', per_class=20, size=40)
-    split_images(root / 'images', root / 'split', val=.2, test=.2)
-    return root / 'split'
+    return write_split(tmp_path_factory.mktemp('faults'), 20)
 
 
 def config(data, output, **kwargs):

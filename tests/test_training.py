@@ -12,11 +12,10 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import SMALL
+from conftest import SMALL, write_split
 
 import timm_densese
 from timm_densese.cli import main
-from timm_densese.data import generate_images, split_images
 from timm_densese.errors import TrainingError
 from timm_densese.training import TrainConfig, train
 
@@ -27,10 +26,7 @@ SMALL_ARGS = ('--model-kwargs', 'growth_rate=4', 'block_config=(2,2,2)', '--img-
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp('data')
-    generate_images(root / 'images', per_class=30, size=48)
-    split_images(root / 'images', root / 'split', val=.2, test=.2)
-    return root / 'split'
+    return write_split(tmp_path_factory.mktemp('data'), 30)
 
 
 def summary(output):
