@@ -4,8 +4,10 @@ SE-DenseNets in linear memory (training) and fused (inference) against timm's De
 float32 and channels_last, in turns; medians of time, peaks of memory. See benchmarks/README.md.
 
     python benchmarks/growth.py
+    python benchmarks/growth.py --kinds infer     # measures these anew and keeps the others
 """
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,16 @@ def measure(kind: str, depth: str, batch_size: int, size: int, rounds: int) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--kinds', nargs='+', choices=MODELS, default=list(MODELS))
     args = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
     measure('infer', '121', 1, 96, 1)  # loads libraries and kernels, which is no model's memory
     points = ([('image size', size, '121', 4, size) for size in SIZES]
               + [('depth', depth, depth, 4, 224) for depth in DEPTHS]
               + [('batch size', batch_size, '121', batch_size, 224) for batch_size in BATCHES])
-    rows = []
-    for kind in MODELS:
+    known = json.loads((RESULTS / 'growth.json').read_text())['rows'] if (RESULTS / 'growth.json').exists() else []
+    rows = [row for row in known if row['kind'] not in args.kinds]
+    for kind in args.kinds:
         for what, value, depth, batch_size, size in tqdm(points, desc=kind, unit='point'):
             found = measure(kind, depth, batch_size, size, args.rounds)
             rows.append({'kind': kind, 'against': what, 'value': value, 'depth': depth, 'batch_size': batch_size,
