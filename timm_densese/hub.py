@@ -104,7 +104,7 @@ def load_checkpoint(
     name = model or saved.get('arch') or recipe.get('model') or ''
     if not isinstance(name, str) or not is_model(name):
         raise PublishError(f'Which model is {checkpoint}? It says {name or "nothing"!r}. Keep it beside its run\'s '
-                           f'args.yaml, or publish it with --model se_densenet121, or another of `timm-densese models`.')
+                           f'args.yaml, or publish it with --model se_densenet121 or another of `timm-densese models`.')
     keys = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
     key = next((k for k in keys if isinstance(saved.get(k), dict)), '')
     state_dict = clean_state_dict(saved[key] if key else saved)
