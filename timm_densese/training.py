@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import sys
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Set, Tuple
@@ -309,11 +309,8 @@ def train(config: TrainConfig) -> Dict[str, Any]:
     args = argparse.Namespace(device=config.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     device = init_distributed_device(args)
     try:
-        if args.rank:
-            return _train(config, device, args.world_size, args.rank)
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        with FileLock(Path(config.output) / '.lock', timeout=0):  # the system frees it when the process dies
-            return _train(config, device, args.world_size, args.rank)
+        with ExitStack() as stack:
+            return _train(config, device, args.world_size, args.rank, stack)
     except Timeout as e:
         raise TrainingError(
             f'Another training is writing to {config.output}. Wait for it, or choose another --output.') from e
@@ -322,7 +319,7 @@ def train(config: TrainConfig) -> Dict[str, Any]:
             dist.destroy_process_group()
 
 
-def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> Dict[str, Any]:
+def _train(config: TrainConfig, device: torch.device, world: int, rank: int, stack: ExitStack) -> Dict[str, Any]:
     primary = rank == 0
     output = Path(config.output)
     if (output / 'last.pth.tar').exists() and not config.resume:
@@ -409,6 +406,10 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
 
     def autocast() -> Any:
         return torch.autocast(device.type, torch.bfloat16) if config.amp else nullcontext()
+
+    if primary:
+        output.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(FileLock(output / '.lock', timeout=0))  # the system frees it when the process dies
 
     # Records. One process reads what is there and tells the others, so that all stop after the same epoch.
     found = [_best_so_far(config, output, start_epoch) if config.resume and primary else None]
