@@ -130,11 +130,12 @@ def test_two_trainings_into_one_folder(data, tmp_path):
     first = start_training(vars(config(data, tmp_path, epochs=200)))
     try:
         deadline = time.monotonic() + 60
-        while not (tmp_path / '.lock').exists():
+        while not (tmp_path / 'last.pth.tar').exists():
             assert time.monotonic() < deadline
             time.sleep(.02)
-        time.sleep(.2)
         with pytest.raises(TrainingError, match='Another training is writing to'):
+            train(config(data, tmp_path, epochs=300, resume=str(tmp_path / 'last.pth.tar')))
+        with pytest.raises(TrainingError, match='holds a training already'):
             train(config(data, tmp_path))
         assert first.is_alive()
     finally:

@@ -282,7 +282,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         >>> import numpy as np
         >>> logits = np.array([[4., 0.]] * 10)
         >>> labels = np.array([0] * 8 + [1] * 2)    # right four times of five: a difference of log 4 would do
-        >>> abs(fit_temperature(logits, labels) - 4 / np.log(4)) < 1e-3
+        >>> bool(abs(fit_temperature(logits, labels) - 4 / np.log(4)) < 1e-3)
         True
     """
     from scipy.optimize import minimize_scalar
