@@ -99,11 +99,18 @@ def test_the_page_predicts_and_refuses(browser, trained, tmp_path):
         browser.save_screenshot(str(tmp_path / 'page.png'))
         assert Image.open(tmp_path / 'page.png').convert('L').getextrema() != (255, 255)
 
+        def says(message):
+            toasts = browser.find_elements(By.CSS_SELECTOR, '.toast-body')
+            return message in ' '.join(toast.text for toast in toasts)
+
         for name, message in (('huge.png', 'megapixels'), ('text.png', 'cannot be read')):
             predict(tmp_path / name)
-            wait_for(lambda message=message: message in browser.find_element(By.TAG_NAME, 'body').text.split(
-                'Prediction')[0] or message in ' '.join(
-                e.text for e in browser.find_elements(By.CSS_SELECTOR, '.toast-body')))
+            wait_for(lambda message=message: says(message))
+        (tmp_path / 'large.png').write_bytes(bytes(11 << 20))
+        browser.find_element(By.CSS_SELECTOR, '#upload button[aria-label="Clear"]').click()
+        wait_for(lambda: browser.find_element(By.CSS_SELECTOR, '#upload input[type=file]')).send_keys(
+            str(tmp_path / 'large.png'))
+        wait_for(lambda: says('maximum allowed size'))
 
 
 def test_a_port_that_is_taken(trained):
