@@ -20,7 +20,7 @@ from conftest import SMALL, trained_densenet, write_split
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_training import SMALL_MODEL, load, same
+from test_training import SMALL_MODEL, assert_same_training, load, same
 
 from timm_densese.cli import main
 from timm_densese.data import generate_images, split_images
@@ -84,12 +84,7 @@ def test_twenty_kills_change_nothing(data, tmp_path):
     assert killed == 20
     process = start_training({**options, 'resume': str(output / 'last.pth.tar')})
     process.join()
-    expected, found = load(tmp_path / 'whole'), load(output)
-    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'metric', 'epoch'):
-        assert same(expected[key], found[key]), key
-    assert (output / 'summary.csv').read_bytes() == (tmp_path / 'whole' / 'summary.csv').read_bytes()
-    assert same(load(tmp_path / 'whole', 'model_best.pth.tar')['state_dict'],
-                load(output, 'model_best.pth.tar')['state_dict'])
+    assert_same_training(tmp_path / 'whole', output)
 
 
 # The disk and the folder.

@@ -47,6 +47,14 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def assert_same_training(whole, resumed):
+    expected, found = load(whole), load(resumed)
+    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'metric', 'epoch'):
+        assert same(expected[key], found[key]), key
+    assert (resumed / 'summary.csv').read_bytes() == (whole / 'summary.csv').read_bytes()
+    assert same(load(whole, 'model_best.pth.tar')['state_dict'], load(resumed, 'model_best.pth.tar')['state_dict'])
+
+
 def command(*args, processes=1):
     start = ([sys.executable, '-m', 'timm_densese'] if processes == 1 else
              [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--standalone',
@@ -103,12 +111,7 @@ def test_killed_and_resumed_equals_uninterrupted(data, tmp_path):
 
     subprocess.run(command(data, '--output', output, *args, '--resume', output / 'last.pth.tar'), check=True, env=ENV,
                    capture_output=True)
-    whole, resumed = load(tmp_path / 'whole'), load(output)
-    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'metric', 'epoch'):
-        assert same(whole[key], resumed[key]), key
-    assert (output / 'summary.csv').read_bytes() == (tmp_path / 'whole' / 'summary.csv').read_bytes()
-    assert same(load(tmp_path / 'whole', 'model_best.pth.tar')['state_dict'],
-                load(output, 'model_best.pth.tar')['state_dict'])
+    assert_same_training(tmp_path / 'whole', output)
 
 
 def test_killed_between_its_two_checkpoints(data, tmp_path):

@@ -1,6 +1,5 @@
 """Image folders: the MSLD download, and splits that keep together what belongs together."""
 import csv
-import hashlib
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm  # comes with huggingface_hub
 
 from .errors import DownloadError, SplitError
-from .files import check_new_folder, new_folder
+from .files import check_new_folder, new_folder, sha256
 from .images import EXTENSIONS, read_image
 
 __all__ = ['SplitImage', 'download_msld', 'generate_images', 'split_images']
@@ -66,7 +65,7 @@ def download_msld(out: Path, base_url: str = _MSLD_URL, backoff: float = 1.) -> 
 
     def fetch(row: Dict[str, str]) -> Optional[str]:
         file = out / row['file']
-        if file.is_file() and _sha256(file) == row['sha256']:
+        if file.is_file() and sha256(file) == row['sha256']:
             return None
         url = f'{base_url.rstrip("/")}/{urllib.parse.quote(row["source_path"])}'
         for attempt in range(_ATTEMPTS):
@@ -101,10 +100,6 @@ def download_msld(out: Path, base_url: str = _MSLD_URL, backoff: float = 1.) -> 
             f'--base-url at a copy of the repository.')
     (out / 'manifest.csv').write_text(manifest)
     print(f'{len(rows)} images in {out}, every one with the SHA-256 of the manifest.')
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # Splits.
@@ -235,7 +230,7 @@ def _fingerprint_one(path: Path) -> Tuple[str, str, List[int]]:
         return '', f'{type(e).__name__}: {e}', []
     mirrored = gray.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     poses = (image.rotate(90 * turns) for image in (gray, mirrored) for turns in range(4))
-    return _sha256(path), '', [int(str(imagehash.phash(pose)), 16) for pose in poses]
+    return sha256(path), '', [int(str(imagehash.phash(pose)), 16) for pose in poses]
 
 
 def _fingerprint(images: Sequence[SplitImage]) -> np.ndarray:
@@ -387,7 +382,8 @@ def _write(images: Sequence[SplitImage], src: Path, out: Path, folds: Optional[i
                 folder = work / (f'fold{fold}' if folds else '') / split / image.label
                 folder.mkdir(parents=True, exist_ok=True)
                 file = _place(image.path, folder / name)
-                stored[image.path] = _sha256(file)
+                if image.path not in stored:  # the same bytes in every fold
+                    stored[image.path] = sha256(file)
         fold_columns = [f'fold{k}' for k in range(folds)] if folds else ['split']
         with open(work / 'split.csv', 'w', newline='') as table:
             writer = csv.writer(table)

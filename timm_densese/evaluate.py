@@ -5,7 +5,6 @@ Papers:
 """
 import base64
 import csv
-import hashlib
 import html
 import io
 import json
@@ -19,9 +18,9 @@ from timm.data import ImageNetInfo
 from tqdm import tqdm  # comes with huggingface_hub
 
 from .errors import ImagesError
-from .files import check_new_folder, new_folder
+from .files import check_new_folder, new_folder, sha256
 from .hub import Checkpoint, load_model, short_name
-from .images import Logits, compute_logits, find_images, read_image
+from .images import Logits, choose_device, compute_logits, find_images, read_image
 
 __all__ = ['evaluate', 'expected_calibration_error', 'fit_temperature']
 
@@ -93,7 +92,7 @@ def evaluate(
     check_new_folder(report, '--report')
     if not data.is_dir():
         raise ImagesError(f'{data} is not a folder.')
-    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    where = choose_device(device)
     loaded = load_model(model)
     split = split or ('test' if (data / 'test').is_dir() else '')
     classes = _classes(loaded, data / split, model)
@@ -204,10 +203,10 @@ def _run_split(
         raise ImagesError(f'None of the {len(paths)} images of {folder} can be read, the first for '
                           f'{next(iter(found.errors.values()))}.')
     good = [paths[i] for i in found.indices]
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in good]
-    known = {sha256: int(row['group']) for row in _split_table(data)[0] for sha256 in _row_hashes(row)}
+    hashes = [sha256(path) for path in good]
+    known = {digest: int(row['group']) for row in _split_table(data)[0] for digest in _row_hashes(row)}
     # An image that the table does not know is a group of its own.
-    groups = [known.get(sha256, -1 - i) for i, sha256 in enumerate(hashes)]
+    groups = [known.get(digest, -1 - i) for i, digest in enumerate(hashes)]
     return _Split(
         good, np.array([classes.index(path.relative_to(folder).parts[0]) for path in good]),
         found.values.double().numpy(), np.unique(groups, return_inverse=True)[1], hashes,
@@ -242,14 +241,14 @@ def _leaks(scored: _Split, data: Path, recipe: Dict[str, Any]) -> List[str]:
     for folder in folders:
         rows, column = _split_table(folder)
         train = [row for row in rows if row[column] == 'train']
-        hashes |= {sha256 for row in train for sha256 in _row_hashes(row)}
+        hashes |= {digest for row in train for digest in _row_hashes(row)}
         if not rows and (folder / 'train').is_dir():
-            hashes |= {hashlib.sha256(p.read_bytes()).hexdigest() for p in find_images([str(folder / 'train')])}
+            hashes |= {sha256(p) for p in find_images([str(folder / 'train')])}
         if folder == data.resolve():
-            known = {sha256: row['group'] for row in rows for sha256 in _row_hashes(row)}
+            known = {digest: row['group'] for row in rows for digest in _row_hashes(row)}
             train_groups = {row['group'] for row in train}
-            groups = {i for i, sha256 in enumerate(scored.hashes) if known.get(sha256) in train_groups}
-    shared = sum(sha256 in hashes for sha256 in scored.hashes)
+            groups = {i for i, digest in enumerate(scored.hashes) if known.get(digest) in train_groups}
+    shared = sum(digest in hashes for digest in scored.hashes)
     warnings = []
     if shared:
         warnings.append(f'LEAK: {shared} of the {len(scored.paths)} images were trained on. These scores are no test.')

@@ -19,7 +19,7 @@ from PIL import Image
 from .errors import ImagesError
 from .files import check_new_folder, new_folder
 from .hub import Checkpoint, load_model
-from .images import find_images, load_batches
+from .images import choose_device, find_images, load_batches
 
 __all__ = ['draw_gates', 'explain', 'grad_cam', 'overlay', 'read_gates']
 
@@ -146,13 +146,13 @@ def explain(
 
     check_new_folder(out, '--out')
     paths = find_images(images)
-    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    where = choose_device(device)
     loaded = load_model(model)
     earlier = load_model(before) if before else None
     sites = list(getattr(loaded.model, 'attn_sites', {}))
     if earlier and list(getattr(earlier.model, 'attn_sites', {})) != sites:
         raise ImagesError(f'{before} has its attention in other places than {model}.')
-    names = loaded.label_names or [str(i) for i in range(loaded.model.num_classes)]
+    names = loaded.class_names
 
     for each in filter(None, (loaded, earlier)):
         each.model.to(where)

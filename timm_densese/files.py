@@ -1,4 +1,5 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and their hashes."""
+import hashlib
 import os
 import shutil
 import tempfile
@@ -8,7 +9,7 @@ from typing import Iterator, Type
 
 from .errors import UserError
 
-__all__ = ['check_new_folder', 'new_folder']
+__all__ = ['check_new_folder', 'new_folder', 'replace_file', 'sha256']
 
 
 def check_new_folder(out: Path, option: str, error: Type[UserError] = UserError) -> None:
@@ -41,3 +42,16 @@ def new_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Write a text file, in a folder that is made if need be; what is there under its name is replaced at the end."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f'.{file.name}')
+    partial.write_text(text, encoding='utf-8')
+    os.replace(partial, file)
+
+
+def sha256(file: Path) -> str:
+    """Hash a file's bytes."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,7 +1,6 @@
 """Trained models: found wherever they are, and published on the Hugging Face Hub with their card."""
 import csv
 import json
-import os
 import tempfile
 from importlib import resources
 from pathlib import Path
@@ -24,7 +23,7 @@ from timm.models import clean_state_dict, get_pretrained_cfg, is_model, save_for
 
 from .checks import check_model_args, read_checkpoint
 from .errors import ModelNotFoundError, PublishError, hub_errors
-from .files import check_new_folder, new_folder
+from .files import check_new_folder, new_folder, replace_file
 from .se_densenet import SEDenseNet
 
 __all__ = ['Checkpoint', 'find_weights', 'load_checkpoint', 'load_model', 'publish', 'short_name', 'write_card']
@@ -64,6 +63,11 @@ class Checkpoint(NamedTuple):
     data_config: Dict[str, Any]
     recipe: Dict[str, Any]
     trained: str
+
+    @property
+    def class_names(self) -> List[str]:
+        """Names of the classes, their numbers where the names are not known."""
+        return self.label_names or [str(i) for i in range(self.model.num_classes)]
 
 
 def load_checkpoint(
@@ -268,10 +272,7 @@ def write_card(
     if out is None:
         print(card)
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f'.{out.name}')
-    partial.write_text(card, encoding='utf-8')
-    os.replace(partial, out)
+    replace_file(out, card)
 
 
 def publish(

@@ -13,7 +13,7 @@ from tqdm import tqdm  # comes with huggingface_hub
 
 from .errors import ImagesError
 
-__all__ = ['EXTENSIONS', 'Logits', 'compute_logits', 'find_images', 'read_image']
+__all__ = ['EXTENSIONS', 'Logits', 'choose_device', 'compute_logits', 'find_images', 'load_batches', 'read_image']
 
 EXTENSIONS = frozenset(Image.registered_extensions())
 
@@ -63,6 +63,11 @@ def find_images(sources: Sequence[str]) -> List[Path]:
                               f"'photos/**/*.jpg'.")
         found.update(dict.fromkeys(files))
     return list(found)
+
+
+def choose_device(device: str) -> torch.device:
+    """Give a device by its name; by none, CUDA where there is one, else the CPU."""
+    return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
 
 class _Files(Dataset):

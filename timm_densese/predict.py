@@ -2,16 +2,14 @@
 import csv
 import io
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-import torch
-
 from .errors import ImagesError
+from .files import replace_file
 from .hub import load_model
-from .images import compute_logits, find_images
+from .images import choose_device, compute_logits, find_images
 
 __all__ = ['predict_files', 'read_temperature']
 
@@ -68,9 +66,9 @@ def predict_files(
     paths = find_images(images)
     temperature = read_temperature(calibration)
     loaded = load_model(model)
-    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    where = choose_device(device)
     found = compute_logits(loaded.model, paths, loaded.data_config, where, batch_size, workers, desc='predict')
-    labels = loaded.label_names or [str(i) for i in range(loaded.model.num_classes)]
+    labels = loaded.class_names
     rows: List[Dict[str, Any]] = []
     if found.indices:
         top = (found.values / temperature).softmax(1).topk(min(top_k, len(labels)), 1)
@@ -108,7 +106,4 @@ def _write_csv(file: Path, rows: Sequence[Dict[str, Any]]) -> None:
     for row in rows:
         for rank, prediction in enumerate(row['predictions'], 1):
             writer.writerow([row['file'], rank, prediction['class'], prediction['probability']])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f'.{file.name}')
-    partial.write_text(text.getvalue())
-    os.replace(partial, file)
+    replace_file(file, text.getvalue())

@@ -10,7 +10,7 @@ from timm.data import create_transform
 from .errors import UserError
 from .explain import draw_gates, grad_cam, overlay, read_gates
 from .hub import load_model, short_name
-from .images import read_image
+from .images import choose_device, read_image
 from .predict import read_temperature
 
 __all__ = ['create_page', 'serve']
@@ -41,9 +41,9 @@ def create_page(model: str, calibration: Optional[Path] = None, device: str = ''
 
     temperature = read_temperature(calibration)
     loaded = load_model(model)
-    where = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    where = choose_device(device)
     net = loaded.model.to(where)
-    names = loaded.label_names or [str(i) for i in range(net.num_classes)]
+    names = loaded.class_names
     transform: Any = create_transform(**loaded.data_config)
     has_gates = bool(getattr(net, 'attn_sites', None))
 
