@@ -301,6 +301,17 @@ def test_wrong_options(tmp_path, change, message):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['src']
 
 
+def test_one_patient_with_nearly_all_images(tmp_path):
+    rng = np.random.default_rng(0)
+    for i, name in enumerate([*['a/P0'] * 17, 'a/P1', 'b/P2', 'b/P3']):
+        path = tmp_path / 'src' / f'{name}_{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(path)
+    with pytest.raises(SplitError, match=r'2 of 20 images are left, too few .* smaller --val'):
+        split_images(tmp_path / 'src', tmp_path / 'out', val=.2, folds=2, group_regex=r'^(P\d)')
+    assert not (tmp_path / 'out').exists()
+
+
 def test_refuses_folders_it_should_not_touch(tmp_path, capsys):
     src = folder_of_images(tmp_path / 'src', shots=1)
     with pytest.raises(SplitError, match='nothing is to be written'):

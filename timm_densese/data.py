@@ -337,6 +337,11 @@ def _hold_out(images: Sequence[SplitImage], indices: np.ndarray, share: float, s
     if not share:
         return indices[:0]
     fraction = Fraction(share).limit_denominator(10) or Fraction(1, 20)
+    if fraction >= 1:
+        raise SplitError(
+            f'Beside the test images {len(indices)} of {len(images)} images are left, too few for the validation '
+            f'images and others to train on: some groups, which are not parted, are large. Use a smaller --val, or '
+            f'0, or more folds.')
     chosen = _folds(images, indices, fraction.denominator, seed)[:fraction.numerator]
     return np.sort(np.concatenate(chosen))
 
