@@ -167,8 +167,12 @@ def _output(*command: str) -> str:
 
 
 def save(name: str, record: dict[str, Any]) -> None:
-    """Write a result to results/NAME.json, with the machine; the file appears whole."""
-    RESULTS.mkdir(exist_ok=True)
-    partial = RESULTS / f'.{name}.json'
-    partial.write_text(json.dumps({**machine(), **record}, indent=1) + '\n')
-    os.replace(partial, RESULTS / f'{name}.json')
+    """Write a result to results/NAME.json, with the machine."""
+    replace(RESULTS / f'{name}.json', (json.dumps({**machine(), **record}, indent=1) + '\n').encode())
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Write a file, in a folder that is there, that appears whole; what has its name is replaced at the end."""
+    partial = file.with_name(f'.{file.name}')
+    partial.write_bytes(content)
+    os.replace(partial, file)

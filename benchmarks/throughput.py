@@ -14,12 +14,14 @@ columns of timm's results/benchmark-*.csv, in the figures and in README.md, whic
 """
 import argparse
 import csv
+import importlib.metadata
 import io
 import json
 import multiprocessing
 import os
 import re
 import resource
+import shlex
 import statistics
 import sys
 import tempfile
@@ -43,6 +45,7 @@ from common import (
     openvino_run,
     peak_memory,
     ratio,
+    replace,
     status,
 )
 from torch._inductor import config as inductor_config
@@ -66,11 +69,12 @@ Run = Callable[[], Any]
 
 
 def models(kind: str, variant: str) -> list[str]:
-    """The DenseNets and SE-DenseNets of a depth that are compared."""
+    """What is compared at a depth; the nets of other families stand beside depth 121."""
     name = f'densenet{variant}'
     found = [name, f'se_{name}'] + ([f'se_{name} fused'] if kind == 'infer' else
                                     [f'{name} checkpointing', f'se_{name} linear memory'])
-    return found + ([f'torchvision {name}'] if hasattr(torchvision.models, name) else [])
+    found += [f'torchvision {name}'] if hasattr(torchvision.models, name) else []
+    return found + (list(PEERS) if variant == '121' else [])
 
 
 def base(model: str) -> str:
@@ -203,12 +207,13 @@ class Bench:
         out: Folder.
         size: Height and width of the images in pixels.
         seconds: About how long each model runs for a row.
-        fewest: Rounds that a row has at least; for one image, 100 where it is more than 3.
+        fewest: Rounds that a row has at least; for inference of one image, 100 where it is more than 3.
     """
 
     def __init__(self, out: Path, size: int, seconds: float, fewest: int) -> None:
         self.out, self.size, self.seconds, self.fewest = out, size, seconds, fewest
-        self.machine = machine()
+        command = shlex.join(['python', 'benchmarks/throughput.py', *sys.argv[1:]])
+        self.machine = {**machine(), 'torchvision': torchvision.__version__, 'command': command}
         self.stats: dict[str, dict[str, float]] = {}
 
     def group(self, kind: str, execution: str, dtype: str, sizes: dict[str, int], folder: Path,
@@ -243,7 +248,8 @@ class Bench:
                     else:
                         self.write(kind, execution, dtype, model, sizes[model], batch, error=_first_line(error))
             if runs:
-                fewest = max(self.fewest, 100) if max(sizes.values()) == 1 and self.fewest > 3 else self.fewest
+                latency = kind == 'infer' and max(sizes.values()) == 1 and self.fewest > 3
+                fewest = 100 if latency else self.fewest
                 seconds = interleave(runs, min(max(fewest, int(self.seconds / slowest)), 500))
                 for model, values in seconds.items():
                     self.write(kind, execution, dtype, model, sizes[model], batch, values, memory[model],
@@ -261,7 +267,10 @@ class Bench:
                 self.stats[model] = stats(model, self.size)
         row = {'kind': kind, 'execution': execution, 'dtype': dtype, 'img_size': self.size,
                'batch': batch or batch_size, 'model': model, 'batch_size': batch_size,
-               **self.stats.get(model, {})}
+               **self.stats.get(model, {}), **self.machine}
+        if execution in ('onnxruntime', 'openvino'):
+            with suppress(importlib.metadata.PackageNotFoundError):  # the error to record is the import's
+                row[execution] = importlib.metadata.version(execution)
         if seconds is None:
             shown = error
             row['error'] = error
@@ -273,12 +282,12 @@ class Bench:
             shown = f'{batch_size / p50:9.1f} images/s ({1e3 * p25:.1f} to {1e3 * p75:.1f} ms a step)'
             shown += f', {memory:.0f} MB' if memory else ''
             shown += f', {relative:.2f}x {base(model)}' if relative and model != base(model) else ''
-            if batch_size == 1 and len(seconds) >= 100:
+            if kind == 'infer' and batch_size == 1 and len(seconds) >= 100:
                 cuts = statistics.quantiles(seconds, n=100, method='inclusive')
                 row['latency_ms'] = {f'p{p}': 1e3 * cuts[p - 1] for p in (50, 90, 95, 99)}
                 shown += f', p99 {row["latency_ms"]["p99"]:.1f} ms'
         with open(self.out / 'rows.jsonl', 'a') as file:
-            file.write(json.dumps({**row, **self.machine}) + '\n')
+            file.write(json.dumps(row) + '\n')
         tqdm.write(f'{kind}, {execution}, {dtype}, batch {batch_size}, {model}: {shown}')
 
 
@@ -316,7 +325,7 @@ def write_tables(rows: list[dict[str, Any]], out: Path) -> None:
                             f'{kind}_batch_size': row['batch_size'], 'param_count': row['param_count'],
                             'infer_gmacs': row['gmacs'], 'infer_macts': row['macts']})
         version = group[0]['torch'].split('+')[0].replace('.', '')
-        _replace(out / f'benchmark-{kind}-{dtype}-nhwc-pt{version}-{execution}.csv', text.getvalue().encode())
+        replace(out / f'benchmark-{kind}-{dtype}-nhwc-pt{version}-{execution}.csv', text.getvalue().encode())
 
 
 def write_summary(rows: list[dict[str, Any]], out: Path) -> None:
@@ -331,21 +340,24 @@ def write_summary(rows: list[dict[str, Any]], out: Path) -> None:
             (row['kind'], row['execution'], row['dtype'], row['img_size']) for row in rows):
         group = [row for row in rows if (row['kind'], row['execution'], row['dtype'], row['img_size'])
                  == (kind, execution, dtype, size)]
-        batches = list(dict.fromkeys(row['batch'] for row in group))
+        batches: list[Any] = sorted({row['batch'] for row in group if row['batch'] != 'largest'})
+        batches += ['largest'] if any(row['batch'] == 'largest' for row in group) else []
+        has_latency = any('latency_ms' in row for row in group)
         header = ['model', *(f'batch {batch}' if batch != 'largest' else 'largest batch' for batch in batches)]
-        header += ['latency, ms (p99)'] if 1 in batches else []
+        header += ['latency, ms (p99)'] if has_latency else []
         lines = ['| ' + ' | '.join(header) + ' |', '|' + '---|' * len(header)]
         for model in dict.fromkeys(row['model'] for row in group):
             own = {row['batch']: row for row in group if row['model'] == model}
             cells = [model, *(_cell(own.get(batch)) for batch in batches)]
-            if 1 in batches:
+            if has_latency:
                 latency = own.get(1, {}).get('latency_ms')
                 cells.append(f'{latency["p50"]:.1f} ({latency["p99"]:.1f})' if latency else '')
             lines.append('| ' + ' | '.join(cells) + ' |')
         what = 'Inference' if kind == 'infer' else 'Training step'
-        text += [f'## {what}, {execution}, {dtype}, {size}x{size}', '\n'.join(lines)]
+        text += [f'## {what}, {execution}, {dtype}, {size}x{size}', '\n'.join(lines),
+                 '\n'.join(f'`{command}`  ' for command in dict.fromkeys(row['command'] for row in group)).rstrip()]
     text += [f'![{file.stem}]({file.name})' for file in sorted(out.glob('*.png'))]
-    _replace(out / 'README.md', ('\n\n'.join(text) + '\n').encode())
+    replace(out / 'README.md', ('\n\n'.join(text) + '\n').encode())
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -359,31 +371,30 @@ def _cell(row: dict[str, Any] | None) -> str:
     return f'{size}{row["samples_per_sec"]:.1f}' + (f' ({relative:.2f}x)' if relative else '') + memory
 
 
-def _replace(file: Path, content: bytes) -> None:
-    partial = file.with_name(f'.{file.name}')
-    partial.write_bytes(content)
-    os.replace(partial, file)
-
-
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """Draw throughput against batch size, throughput against memory, and what SE costs."""
+    """Draw throughput against batch size and against memory, a panel for each depth, and what SE costs."""
     good = [row for row in rows if 'error' not in row]
     for kind in ('infer', 'train'):
-        panels = sorted({(row['execution'], row['dtype']) for row in good if row['kind'] == kind})
-        labels = list(dict.fromkeys(row['model'] for row in good if row['kind'] == kind))
+        lines: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+        for row in good:
+            if row['kind'] == kind:
+                panel = lines.setdefault((base(row['model'])[8:], row['execution'], row['dtype']), {})
+                panel.setdefault(row['model'].replace(base(row['model']), 'densenet'), []).append(row)
+        panels = sorted(lines)
+        labels = list(dict.fromkeys(label for panel in lines.values() for label in panel))
         for x, title in (('batch_size', 'batch size'), ('peak_memory_mb', 'peak memory, MB')):
             if not panels or not any(row[x] for row in good):
                 continue
             columns = min(4, len(panels))
             fig, axes = plt.subplots(-(-len(panels) // columns), columns, squeeze=False, layout='constrained',
                                      figsize=(3.2 * columns + 2.4, 2.8 * -(-len(panels) // columns)))
-            for ax, (execution, dtype) in zip(axes.flat, panels, strict=False):
+            for ax, panel in zip(axes.flat, panels, strict=False):
                 for i, label in enumerate(labels):
-                    line = sorted((row[x], row['samples_per_sec']) for row in good if row['kind'] == kind and row[x] and
-                                  (row['execution'], row['dtype'], row['model']) == (execution, dtype, label))
-                    ax.plot(*zip(*line, strict=True) if line else ((), ()), 'o-', ms=3, color=plt.cm.tab20(i % 20))
-                ax.set(title=f'{execution}, {dtype}', xlabel=title, ylabel='images/s', ylim=(0, None))
+                    line = sorted((row[x], row['samples_per_sec']) for row in lines[panel].get(label, []) if row[x])
+                    ax.plot(*zip(*line, strict=True) if line else ((), ()), 'o-', ms=3, color=plt.cm.tab10(i))
+                ax.set(title=', '.join(panel), xlabel=title, ylabel='images/s', ylim=(0, None))
                 ax.set_xscale('log', base=2)
+                ax.xaxis.set_major_formatter('{x:g}')
             for ax in axes.flat[len(panels):]:
                 ax.set_axis_off()
             fig.legend(axes.flat[0].lines, labels, loc='outside right upper', fontsize=7)
@@ -407,7 +418,7 @@ def _save_figure(fig: Any, file: Path) -> None:
     content = io.BytesIO()
     fig.savefig(content, dpi=110)
     plt.close(fig)
-    _replace(file, content.getvalue())
+    replace(file, content.getvalue())
 
 
 def main() -> None:
@@ -444,14 +455,14 @@ def main() -> None:
     out = args.out or RESULTS / f'throughput-{name}'
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench(out, args.img_size, args.seconds, 3 if args.quick else 5)
-    groups = [(kind, execution, dtype) for kind in args.kinds for execution in args.executions
-              for dtype in args.dtypes if execution in known[kind]
+    groups = [(kind, execution, dtype, variant) for kind in args.kinds for execution in args.executions
+              for dtype in args.dtypes for variant in args.variants if execution in known[kind]
               and (execution, dtype) != ('onnxruntime', 'bfloat16')]  # exported in float32, as it is served
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for kind, execution, dtype in tqdm(groups, unit='group', disable=None):
-                left = [model for variant in args.variants for model in models(kind, variant)] + list(PEERS)
-                left = [model for model in left if 'densenet' in model and 'torch' not in model] if args.quick else left
+            for kind, execution, dtype, variant in tqdm(groups, unit='group', disable=None):
+                left = [model for model in models(kind, variant)
+                        if not args.quick or ('densenet' in model and 'torch' not in model)]
                 for batch_size in args.batch_sizes:
                     left = bench.group(kind, execution, dtype, dict.fromkeys(left, batch_size), Path(folder))
                 for model in left if execution == 'eager' and args.largest else []:

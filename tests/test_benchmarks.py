@@ -21,7 +21,7 @@ def test_quick_throughput(tmp_path):
     assert {row['execution'] for row in rows} >= {'eager'}
     assert {row['kind'] for row in rows} == {'infer', 'train'}
     for row in rows:
-        assert {'device', 'driver', 'torch', 'timm', 'commit', 'threads'} <= set(row)
+        assert {'device', 'driver', 'torch', 'timm', 'commit', 'command', 'threads'} <= set(row)
         assert 'error' in row or row['step_time_ms_p25'] <= row['step_time_ms'] <= row['step_time_ms_p75']
     largest = {row['model']: row for row in rows if row['batch'] == 'largest' and row['kind'] == 'infer'}
     assert largest['densenet121']['batch_size'] > 4
