@@ -31,8 +31,9 @@ def write_config(folder, model_args=None, **config):
 ABSURD = [
     {'num_classes': 10 ** 9}, {'growth_rate': 10 ** 9}, {'block_config': [10 ** 9]}, {'block_config': [1] * 10 ** 4},
     {'bn_size': -1}, {'in_chans': 10 ** 9}, {'rd_channels': 10 ** 9}, {'growth_rate': 1e3}, {'growth_rate': True},
-    {'growth_rate': 1000, 'block_config': [500] * 8}, {'global_pool': 'x' * 10 ** 6}, {'trust_remote_code': True},
-    {'norm_layer': {'__class__': 'os.system'}}, {'checkpoint_path': 'x'}, {'device': 'cpu'},
+    {'growth_rate': 1000, 'block_config': [32] * 8}, {'block_config': [500] * 8}, {'global_pool': 'x' * 10 ** 6},
+    {'trust_remote_code': True}, {'norm_layer': {'__class__': 'os.system'}}, {'checkpoint_path': 'x'},
+    {'device': 'cpu'},
 ]
 
 

@@ -39,7 +39,8 @@ def _flag(v: Any) -> bool:
 # enough that a model of these sizes is counted, on the meta device, in no time.
 _MODEL_ARGS = {
     'growth_rate': _whole(1, 1024),
-    'block_config': lambda v: isinstance(v, (list, tuple)) and 1 <= len(v) <= 8 and all(map(_whole(1, 512), v)),
+    'block_config': lambda v: (isinstance(v, (list, tuple)) and 1 <= len(v) <= 8 and all(map(_whole(1, 512), v))
+                               and sum(v) <= 512),
     'num_classes': _whole(0, 2 ** 20),
     'in_chans': _whole(1, 1024),
     'bn_size': _whole(1, 64),
