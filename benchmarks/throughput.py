@@ -334,8 +334,9 @@ def write_summary(rows: list[dict[str, Any]], out: Path) -> None:
     text = [f'# {first["device"]}', f'torch {first["torch"]}, timm {first["timm"]}'
             + (f', driver {first["driver"]}' if first['driver'] else '') + f', {first["threads"]} threads. Images a '
             'second, medians; in brackets, against the densenet of the same depth in the same rounds (more is faster). '
-            'Latency of one image; peak memory beyond what the process used before, weights included. Spread, rounds '
-            'and commit are in rows.jsonl.']
+            'Latency of one image; peak memory beyond what the process used before, weights included. On a CPU that is '
+            'resident memory, which grows in a process that has run other models: whether the largest batch fits is '
+            'judged in a process of its own. Spread, rounds and commit are in rows.jsonl.']
     for kind, execution, dtype, size in dict.fromkeys(
             (row['kind'], row['execution'], row['dtype'], row['img_size']) for row in rows):
         group = [row for row in rows if (row['kind'], row['execution'], row['dtype'], row['img_size'])
@@ -392,7 +393,7 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
                 for i, label in enumerate(labels):
                     line = sorted((row[x], row['samples_per_sec']) for row in lines[panel].get(label, []) if row[x])
                     ax.plot(*zip(*line, strict=True) if line else ((), ()), 'o-', ms=3, color=plt.cm.tab10(i))
-                ax.set(title=', '.join(panel), xlabel=title, ylabel='images/s', ylim=(0, None))
+                ax.set(title=', '.join(panel), xlabel=title, ylabel='images/s', ylim=(0, 1.1 * ax.dataLim.y1))
                 ax.set_xscale('log', base=2)
                 ax.xaxis.set_major_formatter('{x:g}')
             for ax in axes.flat[len(panels):]:
