@@ -9,6 +9,7 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/timm-densese demo $(if $(DATA),--data $(DATA))
 
+# Two tests at a time, with a thread each: processes of torch with more threads than cores wait for each other.
 test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
