@@ -16,6 +16,8 @@ import timm
 import torch
 from tqdm import tqdm
 
+from timm_densese.files import replace_file
+
 RESULTS = Path(__file__).parent / 'results'
 
 
@@ -168,11 +170,4 @@ def _output(*command: str) -> str:
 
 def save(name: str, record: dict[str, Any]) -> None:
     """Write a result to results/NAME.json, with the machine."""
-    replace(RESULTS / f'{name}.json', (json.dumps({**machine(), **record}, indent=1) + '\n').encode())
-
-
-def replace(file: Path, content: bytes) -> None:
-    """Write a file, in a folder that is there, that appears whole; what has its name is replaced at the end."""
-    partial = file.with_name(f'.{file.name}')
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    replace_file(RESULTS / f'{name}.json', json.dumps({**machine(), **record}, indent=1) + '\n')

@@ -45,12 +45,12 @@ from common import (
     openvino_run,
     peak_memory,
     ratio,
-    replace,
     status,
 )
 from torch._inductor import config as inductor_config
 from tqdm import tqdm
 
+from timm_densese.files import replace_file
 from timm_densese.report import model_stats
 
 matplotlib.use('Agg')
@@ -325,7 +325,7 @@ def write_tables(rows: list[dict[str, Any]], out: Path) -> None:
                             f'{kind}_batch_size': row['batch_size'], 'param_count': row['param_count'],
                             'infer_gmacs': row['gmacs'], 'infer_macts': row['macts']})
         version = group[0]['torch'].split('+')[0].replace('.', '')
-        replace(out / f'benchmark-{kind}-{dtype}-nhwc-pt{version}-{execution}.csv', text.getvalue().encode())
+        replace_file(out / f'benchmark-{kind}-{dtype}-nhwc-pt{version}-{execution}.csv', text.getvalue())
 
 
 def write_summary(rows: list[dict[str, Any]], out: Path) -> None:
@@ -341,8 +341,7 @@ def write_summary(rows: list[dict[str, Any]], out: Path) -> None:
             (row['kind'], row['execution'], row['dtype'], row['img_size']) for row in rows):
         group = [row for row in rows if (row['kind'], row['execution'], row['dtype'], row['img_size'])
                  == (kind, execution, dtype, size)]
-        batches: list[Any] = sorted({row['batch'] for row in group if row['batch'] != 'largest'})
-        batches += ['largest'] if any(row['batch'] == 'largest' for row in group) else []
+        batches = sorted({row['batch'] for row in group}, key=lambda batch: (batch == 'largest', batch))
         has_latency = any('latency_ms' in row for row in group)
         header = ['model', *(f'batch {batch}' if batch != 'largest' else 'largest batch' for batch in batches)]
         header += ['latency, ms (p99)'] if has_latency else []
@@ -358,7 +357,7 @@ def write_summary(rows: list[dict[str, Any]], out: Path) -> None:
         text += [f'## {what}, {execution}, {dtype}, {size}x{size}', '\n'.join(lines),
                  '\n'.join(f'`{command}`  ' for command in dict.fromkeys(row['command'] for row in group)).rstrip()]
     text += [f'![{file.stem}]({file.name})' for file in sorted(out.glob('*.png'))]
-    replace(out / 'README.md', ('\n\n'.join(text) + '\n').encode())
+    replace_file(out / 'README.md', '\n\n'.join(text) + '\n')
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -379,8 +378,8 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
         lines: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
         for row in good:
             if row['kind'] == kind:
-                panel = lines.setdefault((base(row['model'])[8:], row['execution'], row['dtype']), {})
-                panel.setdefault(row['model'].replace(base(row['model']), 'densenet'), []).append(row)
+                depth, label = base(row['model'])[8:], row['model'].replace(base(row['model']), 'densenet')
+                lines.setdefault((depth, row['execution'], row['dtype']), {}).setdefault(label, []).append(row)
         panels = sorted(lines)
         labels = list(dict.fromkeys(label for panel in lines.values() for label in panel))
         for x, title in (('batch_size', 'batch size'), ('peak_memory_mb', 'peak memory, MB')):
@@ -419,7 +418,7 @@ def _save_figure(fig: Any, file: Path) -> None:
     content = io.BytesIO()
     fig.savefig(content, dpi=110)
     plt.close(fig)
-    replace(file, content.getvalue())
+    replace_file(file, content.getvalue())
 
 
 def main() -> None:

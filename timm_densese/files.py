@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Type
+from typing import Iterator, Type, Union
 
 from .errors import UserError
 
@@ -44,11 +44,14 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Write a text file, in a folder that is made if need be; what is there under its name is replaced at the end."""
+def replace_file(file: Path, content: Union[str, bytes]) -> None:
+    """Write a file, in a folder that is made if need be; what is there under its name is replaced at the end."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f'.{file.name}')
-    partial.write_text(text, encoding='utf-8')
+    if isinstance(content, bytes):
+        partial.write_bytes(content)
+    else:
+        partial.write_text(content, encoding='utf-8')
     os.replace(partial, file)
 
 
