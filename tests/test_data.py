@@ -289,6 +289,7 @@ def test_copies_where_it_cannot_link(tmp_path):
 
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(val=.6, test=.5), 'leave something to train on'),
+    (dict(val=0, test=.97), 'too few for a share of 97%'),
     (dict(folds=1), '2 folds or more'),
     (dict(groups=Path('x'), group_regex='x'), 'not both'),
     (dict(group_regex='nothing'), 'matches no file name'),

@@ -339,9 +339,9 @@ def _hold_out(images: Sequence[SplitImage], indices: np.ndarray, share: float, s
     fraction = Fraction(share).limit_denominator(10) or Fraction(1, 20)
     if fraction >= 1:
         raise SplitError(
-            f'Beside the test images {len(indices)} of {len(images)} images are left, too few for the validation '
-            f'images and others to train on: some groups, which are not parted, are large. Use a smaller --val, or '
-            f'0, or more folds.')
+            f'{len(indices)} of {len(images)} images are left, too few for a share of {share:.0%} of them and others '
+            f'to train on. Use a smaller --val or --test, or 0, or, where a group, which is not parted, is large, more '
+            f'folds.')
     chosen = _folds(images, indices, fraction.denominator, seed)[:fraction.numerator]
     return np.sort(np.concatenate(chosen))
 
