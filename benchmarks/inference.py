@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from common import device, export_onnx, interleave, medians, onnxruntime_run, openvino_run, ratio, save
 from torch._inductor import config as inductor_config
 
-from timm_densese import dense_block
+from timm_densese.models import dense_block
 
 MODELS = (('plain', 'densenet121', False), ('se', 'se_densenet121', False), ('fused', 'se_densenet121', True))
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}

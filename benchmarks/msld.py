@@ -27,8 +27,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, r
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torchvision import transforms
 
-from timm_densese.data import split_images
-from timm_densese.hub import find_weights
+from timm_densese.checkpoints import find_weights
+from timm_densese.data.splits import split_images
 from timm_densese.training import TrainConfig, predict, train
 
 ROOT = Path(__file__).parent.parent

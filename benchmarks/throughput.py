@@ -51,7 +51,7 @@ from torch._inductor import config as inductor_config
 from tqdm import tqdm
 
 from timm_densese.files import replace_file
-from timm_densese.report import model_stats
+from timm_densese.models.stats import model_stats
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt

@@ -16,7 +16,7 @@ import timm
 import torch
 
 from timm_densese import SE_PLACEMENTS
-from timm_densese.hub import find_weights
+from timm_densese.checkpoints import find_weights
 
 RESULTS = Path(__file__).parent / 'results' / 'transfer_error'
 

@@ -24,7 +24,8 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 
 import timm_densese  # noqa: E402, F401
-from timm_densese.data import generate_images, split_images  # noqa: E402
+from timm_densese.data.splits import split_images  # noqa: E402
+from timm_densese.demo import generate_images  # noqa: E402
 from timm_densese.training import TrainConfig, train  # noqa: E402
 
 MODELS = ('se_densenet121', 'se_densenet161', 'se_densenet169', 'se_densenet201', 'se_densenet264d',

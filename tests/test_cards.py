@@ -12,10 +12,10 @@ from conftest import MODELS, put_on_hub
 from huggingface_hub import ModelCard
 from PIL import Image
 
-import timm_densese
 from timm_densese.cards import read_metrics, registered_card
 from timm_densese.cli import main
 from timm_densese.errors import PublishError
+from timm_densese.publish import publish
 
 CARDS = Path(__file__).parents[1] / 'model_cards'
 METRICS = {
@@ -70,7 +70,7 @@ def test_card_of_a_fine_tune(tmp_path, hub, monkeypatch, capfd):
     assert main(['card', str(tmp_path / 'best.pth.tar'), 'owner/tuned', '--metrics', str(tmp_path / 'metrics.json'),
                  '--out', str(tmp_path / 'cards' / 'tuned.md')]) == 0
     text = (tmp_path / 'cards' / 'tuned.md').read_text()
-    timm_densese.publish(tmp_path / 'best.pth.tar', 'owner/tuned', metrics=tmp_path / 'metrics.json')
+    publish(tmp_path / 'best.pth.tar', 'owner/tuned', metrics=tmp_path / 'metrics.json')
     assert hub.read('owner/tuned', 'README.md').decode() == text
 
     data = ModelCard(text).data

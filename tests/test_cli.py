@@ -10,8 +10,8 @@ import timm
 from conftest import put_on_hub
 from PIL import Image
 
-from timm_densese.data import generate_images
-from timm_densese.report import models_table
+from timm_densese.demo import generate_images
+from timm_densese.models.stats import models_table
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,12 +14,13 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn import metrics as sk
 
-from timm_densese import publish
+from timm_densese.checkpoints import load_model
 from timm_densese.cli import main
+from timm_densese.data.images import compute_logits, find_images
 from timm_densese.errors import ImagesError, ModelNotFoundError, UserError
-from timm_densese.evaluate import _resample, _scores, _with_intervals, evaluate, fit_temperature
-from timm_densese.hub import load_model
-from timm_densese.images import compute_logits, find_images
+from timm_densese.evaluate import evaluate
+from timm_densese.metrics import _resample, _scores, _with_intervals, fit_temperature
+from timm_densese.publish import publish
 from timm_densese.training import TrainConfig, train
 
 
@@ -145,7 +146,8 @@ def test_leaks_are_told(trained, tmp_path):
 
 
 def test_converted_images_are_known_by_split_csv(trained, tmp_path):
-    from timm_densese.data import generate_images, split_images
+    from timm_densese.data.splits import split_images
+    from timm_densese.demo import generate_images
     generate_images(tmp_path / 'images', per_class=12, size=32)
     for path in (tmp_path / 'images').glob('*/*.png'):
         Image.open(path).save(path.with_suffix('.bmp'))

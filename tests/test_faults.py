@@ -23,7 +23,8 @@ from PIL import Image
 from test_training import SMALL_MODEL, assert_same_training, load, same
 
 from timm_densese.cli import main
-from timm_densese.data import generate_images, split_images
+from timm_densese.data.splits import split_images
+from timm_densese.demo import generate_images
 from timm_densese.errors import CheckpointMismatchError, SplitError, TrainingError
 from timm_densese.training import TrainConfig, train
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_densese.checkpoints import load_model
 from timm_densese.cli import main
+from timm_densese.data.images import find_images, read_image
 from timm_densese.errors import ImagesError
-from timm_densese.hub import load_model
-from timm_densese.images import find_images, read_image
 from timm_densese.predict import read_temperature
 
 

@@ -11,10 +11,10 @@ import timm
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .data import MSLD_TERMS
+from .data.msld import MSLD_TERMS
 from .errors import PublishError
-from .report import model_stats, placement_stats
-from .se_densenet import SEDenseNet, default_cfgs
+from .models.se_densenet import SEDenseNet, default_cfgs
+from .models.stats import model_stats, placement_stats
 
 __all__ = ['finetune_card', 'read_metrics', 'registered_card']
 

@@ -59,7 +59,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 def _add_models(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
-        from .report import models_table
+        from .models.stats import models_table
         print(models_table())
 
     parser = commands.add_parser('models', help='print the table of models: parameters, GMACs, where attention sits')
@@ -79,11 +79,11 @@ def _add_demo(commands: Any) -> None:
 
 def _add_data(commands: Any) -> None:
     def run_msld(args: argparse.Namespace) -> None:
-        from .data import download_msld
+        from .data.msld import download_msld
         download_msld(args.out, **({'base_url': args.base_url} if args.base_url else {}))
 
     def run_split(args: argparse.Namespace) -> None:
-        from .data import split_images
+        from .data.splits import split_images
         split_images(
             args.src, args.out, args.val, args.test, args.seed, args.folds, args.groups, args.group_regex, args.report)
 
@@ -206,7 +206,7 @@ def _add_publish(commands: Any) -> None:
         return sys.stdin.isatty() and input(f'{question} [y/N] ').strip().lower() in ('y', 'yes')
 
     def run(args: argparse.Namespace) -> None:
-        from .hub import publish
+        from .publish import publish
         publish(args.checkpoint, args.repo, args.model, args.model_kwargs, args.metrics, args.data, args.private,
                 args.revision, args.pr, args.to, confirm)
 
@@ -223,7 +223,7 @@ def _add_publish(commands: Any) -> None:
 
 def _add_card(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
-        from .hub import write_card
+        from .publish import write_card
         write_card(args.of, args.repo, args.model, args.model_kwargs, args.metrics, args.data, args.out)
 
     parser = commands.add_parser('card', help='make the model card of a registered model or of a checkpoint')

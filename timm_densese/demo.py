@@ -3,16 +3,17 @@ import shutil
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from .data import generate_images, split_images
-from .hub import find_weights
+from .checkpoints import find_weights
+from .data.splits import split_images
 from .training import TrainConfig, train
 
-__all__ = ['run_demo']
+__all__ = ['generate_images', 'run_demo']
 
 MODEL, DENSENET = 'se_densenet121', 'densenet121'
 IMG_SIZE, EPOCHS = 128, 5
@@ -71,3 +72,24 @@ def run_demo(data: Optional[Path], output: Path) -> None:
         transform: Any = create_transform(**config)
         probability, index = loaded(transform(file.convert('RGB'))[None]).softmax(1).max(1)
     print(f'Reloaded, it says of {path}: {classes[index.item()]} ({probability.item():.0%}).')
+
+
+def generate_images(root: Path, per_class: int = 60, size: int = 128, seed: int = 0) -> None:
+    """Write a made-up set of two classes, `spots` and `stripes`, that a small run can learn.
+
+    Args:
+        root: Folder to write to; it gets one folder a class.
+        per_class: Images of each class.
+        size: Height and width in pixels.
+        seed: Seed of the images.
+    """
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size] / size
+    for label in ('spots', 'stripes'):
+        (root / label).mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            frequency, (phase_x, phase_y) = rng.uniform(4, 9), rng.uniform(0, 2 * np.pi, 2)
+            wave_x, wave_y = np.sin(2 * np.pi * frequency * x + phase_x), np.sin(2 * np.pi * frequency * y + phase_y)
+            pattern = wave_x * wave_y if label == 'spots' else wave_x
+            rgb = 128 + 60 * pattern[..., None] * rng.uniform(.3, 1, 3) + rng.normal(0, 30, (size, size, 3))
+            Image.fromarray(rgb.clip(0, 255).astype(np.uint8)).save(root / label / f'{i:03}.png')

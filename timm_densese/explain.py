@@ -16,10 +16,10 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
+from .checkpoints import Checkpoint, load_model
+from .data.images import choose_device, find_images, load_batches
 from .errors import ImagesError
 from .files import check_new_folder, new_folder
-from .hub import Checkpoint, load_model
-from .images import choose_device, find_images, load_batches
 
 __all__ = ['draw_gates', 'explain', 'grad_cam', 'overlay', 'read_gates']
 
@@ -125,7 +125,7 @@ def explain(
     """Write Grad-CAM overlays and the excitation profiles of a model.
 
     Args:
-        model: What `timm_densese.hub.load_model` takes.
+        model: What `timm_densese.checkpoints.load_model` takes.
         images: Files, folders and patterns. Where an image's folder is named as a class, that is its class; the others
             count for the class that the model gives them.
         out: Folder to write, which must not exist or be empty: cam/ with an overlay for each image, and for

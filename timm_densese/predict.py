@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+from .checkpoints import load_model
+from .data.images import choose_device, compute_logits, find_images
 from .errors import ImagesError
 from .files import replace_file
-from .hub import load_model
-from .images import choose_device, compute_logits, find_images
 
 __all__ = ['predict_files', 'read_temperature']
 
@@ -47,7 +47,7 @@ def predict_files(
     """Predict image files and print the most probable classes of each.
 
     Args:
-        model: What `timm_densese.hub.load_model` takes.
+        model: What `timm_densese.checkpoints.load_model` takes.
         images: Files, folders and patterns.
         top_k: Classes to show.
         calibration: metrics.json of `timm-densese evaluate`, whose temperature the logits are divided by.

@@ -1,64 +1,169 @@
-"""Figures and tables about the models."""
-from typing import Any, Dict, List, Optional, Tuple
+"""The figures and the page of an evaluation."""
+import base64
+import html
+import io
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
-import timm
-import torch
-import torch.nn as nn
-from torch.utils.flop_counter import FlopCounterMode
+import numpy as np
+from PIL import Image
 
-from .se_densenet import SE_PLACEMENTS, default_cfgs
+from .data.images import read_image
+from .metrics import _confusion, expected_calibration_error
 
-__all__ = ['model_stats', 'models_table', 'placement_stats']
+_WORST = 24
+_NOTICE = 'For research. This is no medical device, and its answers are not for diagnosis.'
 
 
-def model_stats(model: Any, size: Optional[int] = None) -> Dict[str, float]:
-    """Count a model's parameters, multiply-adds and activations for one image, in millions.
+class _Split(NamedTuple):
+    """Images of a split that could be read, and what a model says of them.
 
-    Counted as timm's model cards do: convolutions and matrix products, neither norms nor the gates' scaling;
-    activations are the outputs of convolutions and linear layers.
-
-    Args:
-        model: Model on the meta device, so that nothing is run.
-        size: Height and width of the image in pixels; None for those of the model's pretrained cfg.
-
-    Returns:
-        `params`, `macs`, `activations`.
+    Attributes:
+        paths: Files, (N,).
+        labels: Indices of their classes, (N,).
+        logits: (N, num_classes).
+        groups: Number of the patient or group of each, (N,); each its own where they are not known.
+        hashes: SHA-256 of each file, (N,).
+        unreadable: Files that could not be read, with the reason.
     """
-    outputs = []
-    handles = [m.register_forward_hook(lambda module, args, output: outputs.append(output.numel()))
-               for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    shape = (size, size) if size else model.pretrained_cfg['input_size'][1:]
-    with FlopCounterMode(display=False) as counter:
-        model.eval()(torch.empty(1, getattr(model, 'in_chans', 3), *shape, device='meta'))
-    for handle in handles:
-        handle.remove()
-    return {
-        'params': sum(p.numel() for p in model.parameters()) / 1e6,
-        'macs': counter.get_total_flops() / 2e6,
-        'activations': sum(outputs) / 1e6,
-    }
+    paths: List[Path]
+    labels: np.ndarray
+    logits: np.ndarray
+    groups: np.ndarray
+    hashes: List[str]
+    unreadable: Dict[str, str]
 
 
-def placement_stats(name: str) -> List[Tuple[Optional[str], Dict[str, float], int]]:
-    """Count a registered model's DenseNet (placement None) and its placements: placement, `model_stats`, attentions."""
-    rows: List[Tuple[Optional[str], Dict[str, float], int]] = [
-        (None, model_stats(timm.create_model(name[len('se_'):], device='meta')), 0)]
-    for placement in SE_PLACEMENTS:
-        model: Any = timm.create_model(name, device='meta', se_placement=placement)
-        rows.append((placement, model_stats(model), len(model.attn_sites)))
-    return rows
+def _figures(
+        labels: np.ndarray,
+        probabilities: np.ndarray,
+        calibrated: Optional[np.ndarray],
+        classes: Sequence[str],
+) -> Dict[str, bytes]:
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    from sklearn.calibration import calibration_curve
+    from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocCurveDisplay
+
+    figures: Dict[str, bytes] = {}
+
+    def save(name: str, fig: Any) -> None:
+        content = io.BytesIO()
+        fig.savefig(content, dpi=100)
+        plt.close(fig)
+        figures[name] = content.getvalue()
+
+    legible = len(classes) <= 40
+    side = 3.6 + .25 * min(len(classes), 40)
+    fig, ax = plt.subplots(figsize=(side, side), layout='constrained')
+    ConfusionMatrixDisplay(_confusion(labels, probabilities), display_labels=classes if legible else None).plot(
+        ax=ax, cmap='Blues', colorbar=not legible, include_values=legible,
+        xticks_rotation='vertical' if len(classes) > 3 else 'horizontal')
+    if not legible:
+        ax.set(xticks=[], yticks=[])
+    ax.set_title('images')
+    save('confusion.png', fig)
+
+    shown = [i for i in range(len(classes)) if 0 < (labels == i).sum() < len(labels)][:10]
+    for name, display, title in (('roc.png', RocCurveDisplay, 'ROC'), ('pr.png', PrecisionRecallDisplay, 'PR')):
+        fig, ax = plt.subplots(figsize=(4.2, 4.2), layout='constrained')
+        for i in shown:
+            display.from_predictions(labels == i, probabilities[:, i], name=classes[i], ax=ax)
+        ax.set(title=f'{title}, each class against the others')
+        save(name, fig)
+
+    fig, ax = plt.subplots(figsize=(4.2, 4.2), layout='constrained')
+    ax.plot((0, 1), (0, 1), color='gray', lw=1)
+    for label, p in (('as it is', probabilities), ('temperature from val/', calibrated)):
+        if p is not None:
+            right, confidence = calibration_curve(p.argmax(1) == labels, p.max(1).clip(0, 1), n_bins=10)
+            ax.plot(confidence, right, 'o-', label=f'{label}: ECE {expected_calibration_error(labels, p):.3f}')
+    ax.set(xlabel='confidence', ylabel='share that is right', title='reliability', xlim=(0, 1), ylim=(0, 1))
+    ax.legend()
+    save('reliability.png', fig)
+    return figures
 
 
-def models_table() -> str:
-    """Compute the table of registered models, in Markdown: parameters and multiply-adds for each placement."""
-    header = ['model', 'start from', 'input', 'DenseNet', *(f"`'{p}'`" for p in SE_PLACEMENTS)]
-    lines = ['| ' + ' | '.join(header) + ' |', '|' + '---|' * len(header)]
-    for name, cfg in sorted(default_cfgs.items()):
-        tags = [f'`{tag}`' for tag, tag_cfg in cfg.cfgs.items() if tag_cfg.has_weights]
-        size = cfg.default.input_size
-        cells = [f'`{name}`', ', '.join(tags) or 'no weights exist', f'{size[1]}x{size[2]}']
-        for _, stats, sites in placement_stats(name):
-            where = f', {sites} SE' if sites else ''
-            cells.append(f'{stats["params"]:.2f} M, {stats["macs"] / 1e3:.3f} G{where}')
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+def _cell(metric: Optional[Dict[str, float]]) -> str:
+    if metric is None:
+        return 'undefined'
+    return f'{metric["value"]:.3f}' + (f' ({metric["low"]:.3f} to {metric["high"]:.3f})' if 'low' in metric else '')
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table; what is in the cells is HTML already."""
+    head = ''.join(f'<th>{cell}</th>' for cell in header)
+    body = ''.join('<tr>' + ''.join(f'<td>{cell}</td>' for cell in row) + '</tr>' for row in rows)
+    return f'<table><tr>{head}</tr>{body}</table>'
+
+
+def _embed(content: bytes, kind: str, alt: str) -> str:
+    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
+
+
+_PAGE = '''<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.45 sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222 }}
+table {{ border-collapse: collapse; margin: 1em 0 }}
+th, td {{ border: 1px solid #ccc; padding: 4px 9px; text-align: left }}
+th {{ background: #f3f3f3 }}
+.warning {{ background: #fff3cd; border-left: 5px solid #e0a800; padding: .5em 1em; margin: .5em 0 }}
+</style></head><body>
+{body}
+</body></html>
+'''
+
+
+def _page(results: Dict[str, Any], figures: Dict[str, bytes], scored: _Split, probabilities: np.ndarray) -> str:
+    dataset, classes = results['dataset'], results['classes']
+    names = [html.escape(name) for name in classes]
+    groups = f', {dataset["groups"]} patients or groups' if dataset['groups'] else ''
+    body = [
+        f'<h1>{html.escape(results["model"])}</h1>',
+        f'<p>{html.escape(dataset["name"])}{", " + html.escape(dataset["split"]) if dataset["split"] else ""}: '
+        f'{dataset["images"]} images{groups}. {_NOTICE}</p>',
+        *(f'<div class="warning">{html.escape(warning)}</div>' for warning in results['warnings']),
+        '<h2>Scores</h2>', f'<p>In brackets: {results["interval"] or "no interval"}.</p>',
+        _table(('score', html.escape(results['model']),
+                *map(html.escape, results.get('comparison', {}))),
+               [(name, _cell(metric), *(_cell(other.get(name)) for other in results.get('comparison', {}).values()))
+                for name, metric in results['metrics'].items()]),
+        '<h2>By class</h2>',
+        _table(('class', 'images', *(per := ('precision', 'recall', 'f1', 'specificity', 'auroc', 'auprc'))),
+               [(names[i], str(int((scored.labels == i).sum())),
+                 *(_cell(results['per_class'][name].get(score)) for score in per)) for i, name in enumerate(classes)]),
+    ]
+    if 'paired' in results:
+        paired = results['paired']
+        mcnemar = paired['mcnemar']
+        body += [
+            f'<h2>Against {html.escape(paired["with"])}</h2>',
+            f'<p>Only this model is right on {mcnemar["right_here_only"]} images, only the other on '
+            f'{mcnemar["right_there_only"]}: McNemar\'s exact test gives p = {mcnemar["p"]:.3f}. It takes images as '
+            f'independent, which those of one patient are not; the intervals below do not.</p>',
+            _table(('score', 'difference'), [(k, _cell(v)) for k, v in paired['differences'].items()])]
+    body += ['<h2>Figures</h2>', ''.join(_embed(content, 'png', name) for name, content in figures.items())]
+    if results['temperature'] is not None:
+        body.append(f'<p>Temperature, fitted on val/: {results["temperature"]:.3f}. '
+                    f'<code>timm-densese predict --calibration metrics.json</code> uses it.</p>')
+
+    own = probabilities[np.arange(len(scored.labels)), scored.labels]
+    wrong = [i for i in np.argsort(own) if probabilities[i].argmax() != scored.labels[i]][:_WORST]
+    body += [f'<h2>Worst errors</h2><p>The {len(wrong)} that were most sure of something else.</p>',
+             _table(('image', 'file', 'is', 'called', 'with'), [
+                 (_embed(_thumbnail(scored.paths[i]), 'jpeg', scored.paths[i].name),
+                  html.escape(results['predictions'][i]['file']), names[scored.labels[i]],
+                  names[probabilities[i].argmax()], f'{probabilities[i].max():.1%}') for i in wrong])]
+    if scored.unreadable:
+        body += ['<h2>Not readable</h2>', _table(('file', 'reason'), [
+            (html.escape(file), html.escape(reason)) for file, reason in scored.unreadable.items()])]
+    return _PAGE.format(title=html.escape(f'{results["model"]} on {dataset["name"]}'), body='\n'.join(body))
+
+
+def _thumbnail(path: Path) -> bytes:
+    image = read_image(path)
+    image.thumbnail((128, 128), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    image.save(content, 'jpeg', quality=85)
+    return content.getvalue()

@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
+from .checkpoints import load_model, short_name
+from .data.images import choose_device, read_image
 from .errors import UserError
 from .explain import draw_gates, grad_cam, overlay, read_gates
-from .hub import load_model, short_name
-from .images import choose_device, read_image
 from .predict import read_temperature
 
 __all__ = ['create_page', 'serve']
@@ -26,7 +26,7 @@ def create_page(model: str, calibration: Optional[Path] = None, device: str = ''
     """Create the page.
 
     Args:
-        model: What `timm_densese.hub.load_model` takes.
+        model: What `timm_densese.checkpoints.load_model` takes.
         calibration: metrics.json of `timm-densese evaluate`, for calibrated probabilities.
         device: Device, by default CUDA where there is one.
 
@@ -90,7 +90,7 @@ def serve(model: str, calibration: Optional[Path] = None, device: str = '', port
     """Open the page on 127.0.0.1, until it is interrupted.
 
     Args:
-        model: What `timm_densese.hub.load_model` takes.
+        model: What `timm_densese.checkpoints.load_model` takes.
         calibration: metrics.json of `timm-densese evaluate`.
         device: Device, by default CUDA where there is one.
         port: Port.

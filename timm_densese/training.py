@@ -35,8 +35,8 @@ from timm.utils.summary import trim_summary
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
 
+from .data.images import read_image
 from .errors import TrainingError
-from .images import read_image
 
 __all__ = ['TrainConfig', 'predict', 'train']
 

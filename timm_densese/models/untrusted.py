@@ -12,7 +12,7 @@ from typing import Any, Dict, Mapping
 
 import torch
 
-from .errors import CheckpointFileError, ModelConfigError
+from ..errors import CheckpointFileError, ModelConfigError
 
 __all__ = ['MAX_PARAMETERS', 'check_checkpoint_file', 'check_model_args', 'read_checkpoint']
 

@@ -13,9 +13,9 @@ import timm
 import torch
 from conftest import SMALL
 
-import timm_densese
-from timm_densese.checks import check_checkpoint_file, read_checkpoint
 from timm_densese.errors import CheckpointFileError, HubError, ModelConfigError
+from timm_densese.models.untrusted import check_checkpoint_file, read_checkpoint
+from timm_densese.publish import publish
 
 
 def write_config(folder, model_args=None, **config):
@@ -93,7 +93,7 @@ def test_pickle_that_runs_code(tmp_path, hub):
     net = write_config(tmp_path / 'model')
     torch.save({**net.state_dict(), 'x': Bomb(tmp_path / 'ran')}, tmp_path / 'bomb.pth')
     with pytest.raises(CheckpointFileError, match=r'needs (posix|os)\.mkdir.*could run code'):
-        timm_densese.publish(tmp_path / 'bomb.pth', 'owner/bomb', model='se_densenet121')
+        publish(tmp_path / 'bomb.pth', 'owner/bomb', model='se_densenet121')
     (tmp_path / 'model' / 'model.safetensors').unlink()
     (tmp_path / 'bomb.pth').rename(tmp_path / 'model' / 'pytorch_model.bin')
     with pytest.raises(CheckpointFileError, match='could run code'):
@@ -125,7 +125,7 @@ def test_zip_and_pickle_bombs(tmp_path):
 
     script = (
         'import resource, sys\n'
-        'from timm_densese.checks import read_checkpoint\n'
+        'from timm_densese.models.untrusted import read_checkpoint\n'
         'from timm_densese.errors import CheckpointFileError\n'
         'used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()\n'
         'resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)\n'

@@ -1,108 +1,27 @@
-"""Image folders: the MSLD download, and splits that keep together what belongs together."""
+"""Splits of image folders that keep together what belongs together."""
 import csv
 import os
 import re
 import shutil
-import socket
-import time
-import urllib.error
-import urllib.parse
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from importlib import resources
 from itertools import chain
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image
 from tqdm import tqdm  # comes with huggingface_hub
 
-from .errors import DownloadError, SplitError
-from .files import check_new_folder, new_folder, sha256
+from ..errors import SplitError
+from ..files import check_new_folder, new_folder, sha256
 from .images import EXTENSIONS, read_image
+from .msld import MSLD_PATIENT
 
-__all__ = ['SplitImage', 'download_msld', 'generate_images', 'split_images']
-
-# The MSLD originals, as their manifest in this package lists them.
-_MSLD_URL = 'https://raw.githubusercontent.com/atlan-antillia/EfficientNet-MonkeyPox/' \
-            '37f97b95a3d4895befff3f1177d0570a448a681d'
-MSLD_TERMS = """\
-Monkeypox Skin Lesion Dataset (MSLD): Ali et al., arXiv:2207.03342, Kaggle nafin59/monkeypox-skin-lesion-dataset.
-Terms of use: research and education only, non-commercial, never for diagnosis."""
-# MSLD names a file <patient>_<shot>: M… for monkeypox patients, NM… for the others.
-MSLD_PATIENT = r'^(N?M\d+)_\d+'
-
-_ATTEMPTS = 5
-
-
-# Download.
-
-
-def download_msld(out: Path, base_url: str = _MSLD_URL, backoff: float = 1.) -> None:
-    """Download the 228 original images of MSLD, each checked against its SHA-256.
-
-    What is there already and right is kept, so an interrupted download goes on where it stopped. A file appears under
-    its name only when it is whole.
-
-    Args:
-        out: Folder that gets `Monkeypox/`, `Others/` and `manifest.csv` (file, label, patient, sha256, source_path).
-        base_url: Where the paths of the manifest's `source_path` column are served.
-        backoff: Seconds to wait before the second attempt at a file; each further wait is twice as long.
-
-    Raises:
-        DownloadError: Some files could not be had after five attempts each; it names them with the reason.
-    """
-    print(MSLD_TERMS)
-    manifest = resources.files(__package__).joinpath('msld.csv').read_text()
-    rows = list(csv.DictReader(manifest.splitlines()))
-    for label in sorted({row['label'] for row in rows}):
-        (out / label).mkdir(parents=True, exist_ok=True)
-
-    def fetch(row: Dict[str, str]) -> Optional[str]:
-        file = out / row['file']
-        if file.is_file() and sha256(file) == row['sha256']:
-            return None
-        url = f'{base_url.rstrip("/")}/{urllib.parse.quote(row["source_path"])}'
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                time.sleep(backoff * 2 ** (attempt - 1))
-            try:
-                # Writes to a temporary name beside the file, checks the hash, renames.
-                torch.hub.download_url_to_file(url, str(file), hash_prefix=row['sha256'], progress=False)
-                return None
-            except urllib.error.HTTPError as e:
-                reason = f'HTTP {e.code} {e.reason}'
-                if e.code < 500 and e.code not in (408, 429):
-                    break
-            except (OSError, RuntimeError) as e:  # no connection, a connection that broke, other bytes than ours
-                reason = str(e)
-        return f'{row["file"]}: {reason} ({url})'
-
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # torch.hub's download takes none, and a silent server would hold it for ever
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            progress = tqdm(pool.map(fetch, rows), total=len(rows), desc='MSLD', unit='image')
-            failures = list(filter(None, progress))
-    finally:
-        socket.setdefaulttimeout(timeout)
-    if failures:
-        shown = '\n  '.join(failures[:5])
-        more = f'\n  and {len(failures) - 5} more' if len(failures) > 5 else ''
-        raise DownloadError(
-            f'{len(failures)} of {len(rows)} images could not be downloaded:\n  {shown}{more}\n'
-            f'The others are in {out}. Run the command again to go on from there; if the source is down, point '
-            f'--base-url at a copy of the repository.')
-    (out / 'manifest.csv').write_text(manifest)
-    print(f'{len(rows)} images in {out}, every one with the SHA-256 of the manifest.')
-
-
-# Splits.
+__all__ = ['SplitImage', 'split_images']
 
 
 @dataclass
@@ -450,24 +369,3 @@ def _contact_sheet(images: Sequence[SplitImage], near: Sequence[Tuple[int, int]]
     report.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(report, dpi=80)
     plt.close(fig)
-
-
-def generate_images(root: Path, per_class: int = 60, size: int = 128, seed: int = 0) -> None:
-    """Write a made-up set of two classes, `spots` and `stripes`, that a small run can learn.
-
-    Args:
-        root: Folder to write to; it gets one folder a class.
-        per_class: Images of each class.
-        size: Height and width in pixels.
-        seed: Seed of the images.
-    """
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size
-    for label in ('spots', 'stripes'):
-        (root / label).mkdir(parents=True, exist_ok=True)
-        for i in range(per_class):
-            frequency, (phase_x, phase_y) = rng.uniform(4, 9), rng.uniform(0, 2 * np.pi, 2)
-            wave_x, wave_y = np.sin(2 * np.pi * frequency * x + phase_x), np.sin(2 * np.pi * frequency * y + phase_y)
-            pattern = wave_x * wave_y if label == 'spots' else wave_x
-            rgb = 128 + 60 * pattern[..., None] * rng.uniform(.3, 1, 3) + rng.normal(0, 30, (size, size, 3))
-            Image.fromarray(rgb.clip(0, 255).astype(np.uint8)).save(root / label / f'{i:03}.png')

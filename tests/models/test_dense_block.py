@@ -17,7 +17,7 @@ from timm.models import densenet, reparameterize_model
 from timm.utils import ModelEmaV3
 
 from timm_densese import SE_PLACEMENTS
-from timm_densese.dense_block import DenseBlock
+from timm_densese.models.dense_block import DenseBlock
 
 CHANNELS_LAST = torch.channels_last
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 from timm.models.densenet import _filter_torchvision_pretrained
 
+from ..errors import CheckpointMismatchError
 from .attention import gate_constant, gate_inputs
-from .errors import CheckpointMismatchError
 
 if TYPE_CHECKING:
     from .se_densenet import SEDenseNet

@@ -18,11 +18,11 @@ from timm.models import build_model_with_cfg, densenet, generate_default_cfgs, r
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._manipulate import MATCH_PREV_GROUP
 
+from ..errors import CheckpointMismatchError, ModelConfigError, hub_errors
 from .attention import create_channel_attn
-from .checks import MAX_PARAMETERS, check_checkpoint_file, check_model_args
 from .dense_block import DenseBlock, DenseFeatures, SEDenseLayer
-from .errors import CheckpointMismatchError, ModelConfigError, hub_errors
 from .transfer import checkpoint_filter_fn
+from .untrusted import MAX_PARAMETERS, check_checkpoint_file, check_model_args
 
 __all__ = ['SEDenseNet']
 

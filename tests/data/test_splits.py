@@ -18,7 +18,8 @@ from conftest import MSLD, needs_msld
 from PIL import Image
 
 from timm_densese.cli import main
-from timm_densese.data import download_msld, split_images
+from timm_densese.data.msld import download_msld
+from timm_densese.data.splits import split_images
 from timm_densese.errors import DownloadError, SplitError
 
 # The download.

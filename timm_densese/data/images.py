@@ -11,7 +11,7 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm  # comes with huggingface_hub
 
-from .errors import ImagesError
+from ..errors import ImagesError
 
 __all__ = ['EXTENSIONS', 'Logits', 'choose_device', 'compute_logits', 'find_images', 'load_batches', 'read_image']
 

@@ -18,8 +18,9 @@ from PIL import Image
 
 import timm_densese
 from timm_densese.cli import main
-from timm_densese.data import split_images
+from timm_densese.data.splits import split_images
 from timm_densese.errors import CheckpointMismatchError, HubError, PublishError
+from timm_densese.publish import publish
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 CLASSES = ['chickenpox', 'measles', 'monkeypox']
@@ -79,7 +80,7 @@ def same(model, expected) -> bool:
 def test_published_model_gives_the_same_logits(prefix, owner, tmp_path, capsys):
     checkpoint, net = save_run(tmp_path / 'run', prefix=prefix)
     repo = f'owner/push{len(prefix)}'
-    url = timm_densese.publish(checkpoint, repo)
+    url = publish(checkpoint, repo)
     assert sorted(owner.repos[repo].files('main')) == ['README.md', 'config.json', 'model.safetensors']
 
     out = capsys.readouterr().out
@@ -100,7 +101,7 @@ def test_published_model_gives_the_same_logits(prefix, owner, tmp_path, capsys):
 
 def test_loading_with_other_heads(owner, tmp_path):
     checkpoint, net = save_run(tmp_path / 'run')
-    timm_densese.publish(checkpoint, 'owner/heads')
+    publish(checkpoint, 'owner/heads')
     other = timm.create_model('hf-hub:owner/heads', pretrained=True, num_classes=5)
     pooled = timm.create_model('hf-hub:owner/heads', pretrained=True, num_classes=0)
     features = timm.create_model('hf-hub:owner/heads', pretrained=True, features_only=True, out_indices=(0, 1, 2, 3))
@@ -119,7 +120,7 @@ def test_model_arguments_travel(placement, owner, tmp_path):
     net = timm.create_model('se_densenet121', num_classes=3, in_chans=1, **kwargs)
     checkpoint, net = save_run(
         tmp_path / 'run', net, args={'model_kwargs': kwargs, 'input_size': [1, 64, 64], 'mean': [.1], 'std': [.4]})
-    timm_densese.publish(checkpoint, f'owner/{placement}')
+    publish(checkpoint, f'owner/{placement}')
     loaded = timm.create_model(f'hf-hub:owner/{placement}', pretrained=True).eval()
     with torch.inference_mode():
         assert torch.equal(loaded(IMAGE[:, :1]), net(IMAGE[:, :1]))
@@ -129,7 +130,7 @@ def test_arguments_given_by_hand_replace_the_record(owner, tmp_path, capsys):
     net = timm.create_model('se_densenet121', num_classes=3, se_placement='stage', **SMALL)
     torch.save(net.state_dict(), tmp_path / 'bare.pth')
     with pytest.raises(PublishError, match='--model se_densenet121'):
-        timm_densese.publish(tmp_path / 'bare.pth', 'owner/bare')
+        publish(tmp_path / 'bare.pth', 'owner/bare')
     for label in CLASSES:
         (tmp_path / 'data' / 'train' / label).mkdir(parents=True)
         Image.new('RGB', (8, 8)).save(tmp_path / 'data' / 'train' / label / 'a.png')
@@ -145,7 +146,7 @@ def test_arguments_inside_the_checkpoint(owner, tmp_path):
     args = argparse.Namespace(model='se_densenet121', model_kwargs=dict(SMALL), gp=None, img_size=64, data_dir=None)
     checkpoint, net = save_run(tmp_path / 'run', saved={'args': args})
     (tmp_path / 'run' / 'args.yaml').unlink()
-    timm_densese.publish(checkpoint, 'owner/inside')
+    publish(checkpoint, 'owner/inside')
     loaded = timm.create_model('hf-hub:owner/inside', pretrained=True)
     assert same(loaded, net)
     assert 'label_names' not in json.loads(owner.read('owner/inside', 'config.json'))
@@ -170,7 +171,7 @@ def test_folder_instead_of_the_hub(tmp_path, capsys, hub):
 def test_transformers_wrapper(owner, tmp_path):
     transformers = pytest.importorskip('transformers', reason='transformers is missing: pip install transformers')
     checkpoint, net = save_run(tmp_path / 'run')
-    timm_densese.publish(checkpoint, 'owner/wrapped')
+    publish(checkpoint, 'owner/wrapped')
     model = transformers.AutoModelForImageClassification.from_pretrained('owner/wrapped').eval()
     assert type(model).__name__ == 'TimmWrapperForImageClassification'
     assert list(model.config.id2label.values()) == CLASSES
@@ -192,27 +193,27 @@ def test_own_readme_is_kept_unless_confirmed(owner, tmp_path, capsys):
     assert same(timm.create_model('hf-hub:owner/readme', pretrained=True), save_run(tmp_path / 'x')[1]) is False
 
     asked = []
-    timm_densese.publish(checkpoint, 'owner/readme', confirm=lambda question: asked.append(question) or True)
+    publish(checkpoint, 'owner/readme', confirm=lambda question: asked.append(question) or True)
     assert 'owner/readme has a README.md' in asked[0]
     assert b'# Model card for readme' in owner.read('owner/readme', 'README.md')
     commits = len(owner.repos['owner/readme'].commits)
-    timm_densese.publish(checkpoint, 'owner/readme', confirm=lambda question: pytest.fail('the same card'))
+    publish(checkpoint, 'owner/readme', confirm=lambda question: pytest.fail('the same card'))
     assert len(owner.repos['owner/readme'].commits) == commits
 
 
 def test_overwriting_serves_the_new_weights(owner, tmp_path):
     first, _ = save_run(tmp_path / 'a')
     second, net = save_run(tmp_path / 'b')
-    timm_densese.publish(first, 'owner/twice')
+    publish(first, 'owner/twice')
     timm.create_model('hf-hub:owner/twice', pretrained=True)
-    timm_densese.publish(second, 'owner/twice')
+    publish(second, 'owner/twice')
     assert same(timm.create_model('hf-hub:owner/twice', pretrained=True), net)
 
 
 def test_revisions_and_pull_requests(owner, tmp_path, monkeypatch):
     (first, a), (second, b), (third, c) = (save_run(tmp_path / name) for name in 'abc')
-    timm_densese.publish(first, 'owner/branches')
-    timm_densese.publish(second, 'owner/branches', revision='v2')
+    publish(first, 'owner/branches')
+    publish(second, 'owner/branches', revision='v2')
     assert same(timm.create_model('hf-hub:owner/branches', pretrained=True), a)
     assert same(timm.create_model('hf-hub:owner/branches@v2', pretrained=True), b)
     with pytest.raises(HubError, match='no such revision'):
@@ -220,13 +221,13 @@ def test_revisions_and_pull_requests(owner, tmp_path, monkeypatch):
 
     monkeypatch.setenv('HF_TOKEN', 'hf_stranger')  # who may not write there
     with pytest.raises(HubError, match=r'token was refused.*HF_TOKEN'):
-        timm_densese.publish(third, 'owner/branches')
-    url = timm_densese.publish(third, 'owner/branches', create_pr=True)
+        publish(third, 'owner/branches')
+    url = publish(third, 'owner/branches', create_pr=True)
     assert url == f'{owner.endpoint}/owner/branches/discussions/1'
     assert same(timm.create_model('hf-hub:owner/branches', pretrained=True), a)
     assert owner.read('owner/branches', 'model.safetensors', 'refs/pr/1') == safetensors.torch.save(c.state_dict())
     with pytest.raises(PublishError, match='not both'):
-        timm_densese.publish(third, 'owner/branches', create_pr=True, revision='v2')
+        publish(third, 'owner/branches', create_pr=True, revision='v2')
 
 
 # Refused.
@@ -234,7 +235,7 @@ def test_revisions_and_pull_requests(owner, tmp_path, monkeypatch):
 
 def test_private_missing_and_gated(owner, tmp_path, monkeypatch, cold_cache):
     checkpoint, net = save_run(tmp_path / 'run')
-    timm_densese.publish(checkpoint, 'owner/private', private=True)
+    publish(checkpoint, 'owner/private', private=True)
     assert owner.repos['owner/private'].private
     assert same(timm.create_model('hf-hub:owner/private', pretrained=True), net)
     owner.put('timm/gated', {'model.safetensors': b''}, gated=True)
@@ -250,7 +251,7 @@ def test_private_missing_and_gated(owner, tmp_path, monkeypatch, cold_cache):
             timm.create_model('se_densenet121', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id=repo),
                               cache_dir=tmp_path / 'cold')
     with pytest.raises(HubError, match=r'(token was refused|no such repository).*HF_TOKEN'):
-        timm_densese.publish(checkpoint, 'owner/private')
+        publish(checkpoint, 'owner/private')
     monkeypatch.setenv('HF_TOKEN', 'hf_wrong')
     with pytest.raises(HubError, match=r'token was refused.*HF_TOKEN'):
         timm.create_model('se_densenet121', pretrained=True, cache_dir=tmp_path / 'cold',
@@ -262,7 +263,7 @@ def test_private_does_not_hide_what_is_public(owner, tmp_path):
     checkpoint, _ = save_run(tmp_path / 'run')
     owner.put('owner/public', {'a.txt': b'a'})
     with pytest.raises(PublishError, match='exists and is public'):
-        timm_densese.publish(checkpoint, 'owner/public', private=True)
+        publish(checkpoint, 'owner/public', private=True)
     assert owner.repos['owner/public'].files('main').keys() == {'a.txt'}
 
 
@@ -271,40 +272,40 @@ def test_names_that_are_no_repository(repo, tmp_path, hub):
     checkpoint, _ = save_run(tmp_path / 'run')
     asked = len(hub.requests)
     with pytest.raises(PublishError, match='no name of a repository'):
-        timm_densese.publish(checkpoint, repo)
+        publish(checkpoint, repo)
     assert len(hub.requests) == asked
 
 
 def test_classes_that_do_not_fit(owner, tmp_path):
     checkpoint, _ = save_run(tmp_path / 'run', args={'class_names': ['a', 'b']})
     with pytest.raises(PublishError, match='3 outputs'):
-        timm_densese.publish(checkpoint, 'owner/labels')
+        publish(checkpoint, 'owner/labels')
     checkpoint, _ = save_run(tmp_path / 'run')
     (tmp_path / 'data' / 'train' / 'other').mkdir(parents=True)
     Image.new('RGB', (8, 8)).save(tmp_path / 'data' / 'train' / 'other' / 'a.png')
     with pytest.raises(PublishError, match='the run recorded'):
-        timm_densese.publish(checkpoint, 'owner/labels', data=tmp_path / 'data')
+        publish(checkpoint, 'owner/labels', data=tmp_path / 'data')
     with pytest.raises(CheckpointMismatchError, match='se_placement'):
-        timm_densese.publish(checkpoint, 'owner/labels', model_kwargs={'se_placement': 'layer'})
+        publish(checkpoint, 'owner/labels', model_kwargs={'se_placement': 'layer'})
     densenet = timm.create_model('densenet121', num_classes=3, **SMALL)
     torch.save({'arch': 'densenet121', 'state_dict': densenet.state_dict()}, tmp_path / 'plain.pth')
     with pytest.raises(PublishError, match='push_to_hf_hub'):
-        timm_densese.publish(tmp_path / 'plain.pth', 'owner/labels', model_kwargs=dict(SMALL))
+        publish(tmp_path / 'plain.pth', 'owner/labels', model_kwargs=dict(SMALL))
     assert 'owner/labels' not in owner.repos
 
 
 def test_files_that_rebuild_another_model_are_not_sent(owner, tmp_path, monkeypatch):
     checkpoint, _ = save_run(tmp_path / 'run')
-    real = timm_densese.hub.save_for_hf
+    real = timm.models.save_for_hf
 
     def damaged(model, folder, **kwargs):  # a disk that writes other bytes than it was given
         real(model, folder, **kwargs)
         state = {k: v + 1e-3 if v.is_floating_point() else v for k, v in model.state_dict().items()}
         safetensors.torch.save_file(state, f'{folder}/model.safetensors')
 
-    monkeypatch.setattr('timm_densese.hub.save_for_hf', damaged)
+    monkeypatch.setattr('timm_densese.publish.save_for_hf', damaged)
     with pytest.raises(PublishError, match='other logits'):
-        timm_densese.publish(checkpoint, 'owner/damaged')
+        publish(checkpoint, 'owner/damaged')
     assert 'owner/damaged' not in owner.repos
 
 
@@ -314,7 +315,7 @@ def test_files_that_rebuild_another_model_are_not_sent(owner, tmp_path, monkeypa
 def test_upload_that_breaks_is_retried(owner, tmp_path, no_waiting):
     checkpoint, net = save_run(tmp_path / 'run')
     owner.faults = [Fault('^PUT /lfs/', drop_after=1000), Fault('^PUT /lfs/', status=503)]
-    timm_densese.publish(checkpoint, 'owner/retried')
+    publish(checkpoint, 'owner/retried')
     assert same(timm.create_model('hf-hub:owner/retried', pretrained=True), net)
 
 
@@ -322,17 +323,17 @@ def test_upload_that_keeps_breaking_is_a_clear_error(owner, tmp_path, no_waiting
     checkpoint, net = save_run(tmp_path / 'run')
     owner.faults = [Fault('^PUT /lfs/owner/broken', drop_after=1000, times=6)]
     with pytest.raises(HubError, match=r'Could not publish owner/broken.*run again') as e:
-        timm_densese.publish(checkpoint, 'owner/broken')
+        publish(checkpoint, 'owner/broken')
     assert isinstance(e.value.__cause__, Exception)
     assert owner.repos['owner/broken'].files('main') == {}  # nothing half-sent is visible
-    timm_densese.publish(checkpoint, 'owner/broken')
+    publish(checkpoint, 'owner/broken')
     assert same(timm.create_model('hf-hub:owner/broken', pretrained=True), net)
 
 
 def test_upload_in_parts(owner, tmp_path):
     net = timm.create_model('se_densenet121', num_classes=3)
     checkpoint, net = save_run(tmp_path / 'run', net, args={'model_kwargs': {}})
-    timm_densese.publish(checkpoint, 'owner/parts')
+    publish(checkpoint, 'owner/parts')
     assert sum(r.startswith('PUT /lfs/owner/parts') for r in owner.requests) == 4
     assert owner.read('owner/parts', 'model.safetensors') == safetensors.torch.save(net.state_dict())
 
@@ -345,7 +346,7 @@ resumes = pytest.mark.skipif(
 @resumes
 def test_download_that_breaks_is_resumed(owner, tmp_path, no_waiting, cold_cache):
     checkpoint, net = save_run(tmp_path / 'run')
-    timm_densese.publish(checkpoint, 'owner/resumed')
+    publish(checkpoint, 'owner/resumed')
     owner.faults = [Fault('^GET /cdn/owner/resumed', drop_after=20_000), Fault('^GET /cdn/owner/resumed', delay=.5)]
     assert same(timm.create_model('hf-hub:owner/resumed', pretrained=True, cache_dir=cold_cache), net)
 
@@ -353,7 +354,7 @@ def test_download_that_breaks_is_resumed(owner, tmp_path, no_waiting, cold_cache
 @resumes
 def test_download_that_keeps_breaking_leaves_nothing(owner, tmp_path, no_waiting, cold_cache):
     checkpoint, net = save_run(tmp_path / 'run')
-    timm_densese.publish(checkpoint, 'owner/dropped')
+    publish(checkpoint, 'owner/dropped')
     owner.faults = [Fault('^GET /cdn/owner/dropped', drop_after=0, times=6)]
     with pytest.raises(HubError, match=r'Could not load owner/dropped.*run again'):
         timm.create_model('hf-hub:owner/dropped', pretrained=True, cache_dir=cold_cache)
@@ -364,7 +365,7 @@ def test_download_that_keeps_breaking_leaves_nothing(owner, tmp_path, no_waiting
 
 def test_damaged_files_are_named(owner, tmp_path, no_waiting, cold_cache):
     checkpoint, net = save_run(tmp_path / 'run')
-    timm_densese.publish(checkpoint, 'owner/sound')
+    publish(checkpoint, 'owner/sound')
     weights = owner.read('owner/sound', 'model.safetensors')
     config = owner.read('owner/sound', 'config.json')
 
@@ -391,7 +392,7 @@ def run_alone(home, hub, model, **env):
 
 def test_offline_with_a_warm_and_a_cold_cache(owner, tmp_path):
     checkpoint, _ = save_run(tmp_path / 'run')
-    timm_densese.publish(checkpoint, 'owner/offline')
+    publish(checkpoint, 'owner/offline')
     put_on_hub(owner, 'timm/densenet121.ra_in1k', timm.create_model('densenet121'))
     for model in ('hf-hub:owner/offline', 'se_densenet121'):
         for offline, home, status in (('0', 'warm', 0), ('1', 'warm', 0), ('1', 'cold', 1)):
@@ -403,7 +404,7 @@ def test_offline_with_a_warm_and_a_cold_cache(owner, tmp_path):
 
 def test_stalled_download_is_resumed(owner, tmp_path):
     checkpoint, _ = save_run(tmp_path / 'run')
-    timm_densese.publish(checkpoint, 'owner/stalled')
+    publish(checkpoint, 'owner/stalled')
     owner.faults = [Fault('^GET /cdn/owner/stalled', drop_after=20_000, delay=5)]
     process = run_alone(tmp_path / 'home', owner, 'hf-hub:owner/stalled', HF_HUB_DOWNLOAD_TIMEOUT='1')
     out, err = process.communicate(timeout=120)
@@ -414,7 +415,7 @@ def test_stalled_download_is_resumed(owner, tmp_path):
 def test_two_processes_downloading_at_once(owner, tmp_path):
     checkpoint, _ = save_run(tmp_path / 'run', timm.create_model('se_densenet121', num_classes=3),
                              args={'model_kwargs': {}})
-    timm_densese.publish(checkpoint, 'owner/shared')
+    publish(checkpoint, 'owner/shared')
     owner.faults = [Fault('^GET /cdn/owner/shared', delay=2)]  # long enough for the second to arrive
     processes = [run_alone(tmp_path / 'home', owner, 'hf-hub:owner/shared') for _ in range(2)]
     for process in processes:
@@ -454,7 +455,7 @@ def test_msld_is_recognised_by_its_images(tmp_path, owner):
     split_images(MSLD, tmp_path / 'split')
     net = timm.create_model('se_densenet121', num_classes=2, **SMALL)
     checkpoint, _ = save_run(tmp_path / 'run', net, args={'class_names': None, 'data_dir': str(tmp_path / 'split')})
-    timm_densese.publish(checkpoint, 'owner/msld')
+    publish(checkpoint, 'owner/msld')
     card = owner.read('owner/msld', 'README.md').decode()
     assert 'license: other' in card
     assert 'Monkeypox, Others' in card

@@ -1,0 +1,1 @@
+"""The plugin: what `import timm_densese` registers with timm."""

@@ -1,0 +1,304 @@
+"""Training a dense block in linear memory.
+
+With batch statistics, a batch norm is x_hat = (x - mean) / sqrt(var + eps), then an affine map of
+each channel. Every layer of a dense block normalises the same earlier features with the same statistics, and only the
+affine map is its own. So each feature map is normalised once, when it is new, into one buffer that the layers after it
+read, and so does the norm that follows the block. Saved for backward are that buffer and each layer's bottleneck, which
+grow linearly with the layers; what lies between is recomputed in backward, by pointwise passes and never by a
+convolution.
+
+Papers:
+    * `Memory-Efficient Implementation of DenseNets` - https://arxiv.org/abs/1707.06990, which keeps concatenations
+      out of memory by computing norms, and convolutions, twice.
+"""
+from typing import Any, List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+__all__ = ['run_compiled', 'run_eager']
+
+
+def _update_running_stats(norm: Any, mean: torch.Tensor, var: torch.Tensor) -> None:
+    """Update a norm's running statistics with a batch's mean and unbiased variance."""
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        factor = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+        norm.running_var.lerp_(var.to(norm.running_var.dtype), factor)
+
+
+def _after_conv2(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    if hasattr(layer, 'se'):
+        x = layer.se(x)
+    if layer.drop_rate > 0:
+        x = F.dropout(x, p=layer.drop_rate, training=layer.training)
+    return x
+
+
+# Compiled: written for the compiler, which fuses the passes and recomputes them in backward by itself.
+
+
+def _normalise(x: torch.Tensor, eps: float) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    precise = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    var, mean = torch.var_mean(precise, (0, 2, 3), unbiased=False)
+    x_hat = (x - mean[:, None, None]) * (var + eps).rsqrt()[:, None, None]
+    n = x.shape[0] * x.shape[2] * x.shape[3]
+    return x_hat.to(x.dtype), mean.detach(), var.detach() * (n / (n - 1))
+
+
+def run_compiled(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, pool: bool) -> torch.Tensor:
+    features: List[torch.Tensor] = [x]
+    normalised: List[torch.Tensor] = []
+    means: List[torch.Tensor] = []
+    variances: List[torch.Tensor] = []
+
+    def read(norm: Any) -> torch.Tensor:
+        _update_running_stats(norm, torch.cat(means), torch.cat(variances))
+        x_hat = torch.cat(normalised, 1)
+        return F.relu(x_hat * norm.weight[:, None, None] + norm.bias[:, None, None]).to(x_hat.dtype)
+
+    def append(x: torch.Tensor) -> None:
+        x_hat, mean, var = _normalise(x, eps)
+        normalised.append(x_hat)
+        means.append(mean)
+        variances.append(var)
+
+    append(x)
+    for layer in layers:
+        new_features = _after_conv2(layer, layer.conv2(layer.norm2(layer.conv1(read(layer.norm1)))))
+        features.append(new_features)
+        append(new_features)
+    if tail is None:
+        return torch.cat(features, 1)
+    out = read(tail)
+    return F.avg_pool2d(out, 2) if pool else out
+
+
+# Eager: functions that share the buffer of normalised features.
+
+
+class _Features:
+    """The normalised features of one pass through a block, and, in backward, the gradients with respect to them.
+
+    The functions below read and write it beside the graph. What orders them is a token: whoever appends features makes
+    a new one, and whoever reads features takes the latest. So in backward, the gradient of a slice is complete before
+    the function that appended it runs. The buffer is saved for backward by the function that reads it last, so that it
+    counts, and can be moved, as saved tensors are.
+    """
+
+    def __init__(self, x: torch.Tensor, channels: int, eps: float) -> None:
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = x.dtype if x.dtype == torch.float64 else dtype
+        stats = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+        shape = (x.shape[0], channels, *x.shape[2:])
+        self.x_hat: Any = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+        self.mean = torch.zeros(channels, dtype=stats, device=x.device)
+        self.var = torch.zeros_like(self.mean)  # unbiased
+        self.invstd = torch.zeros_like(self.mean)
+        self.eps = eps
+        self.filled = 0
+        self.grad: Any = None
+        self.scratch: Any = None
+
+    def read(self, channels: int, weight: torch.Tensor, bias: torch.Tensor, scratch: bool) -> torch.Tensor:
+        """Compute relu(weight * x_hat + bias) for the first channels, where asked in memory that is used again."""
+        x_hat = self.x_hat[:, :channels]
+        dtype = x_hat.dtype
+        out = self._scratch_like(x_hat) if scratch else torch.empty(
+            x_hat.shape, dtype=dtype, device=x_hat.device, memory_format=torch.channels_last)
+        torch.addcmul(_channels(bias, dtype), x_hat, _channels(weight, dtype), out=out)
+        return out.relu_()
+
+    def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scratch is None:
+            self.scratch = torch.empty(self.x_hat.numel(), dtype=x.dtype, device=x.device)
+        b, c, h, w = x.shape
+        return self.scratch[:x.numel()].view(b, h, w, c).permute(0, 3, 1, 2)
+
+    def add_grad(self, grad: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> Any:
+        """Add the gradient of `out`, which `read` gave, to the features'; give weight's and bias's.
+
+        Args:
+            grad: Gradient of `out`, which is changed in place.
+            weight: As given to `read`.
+            bias: As given to `read`.
+            out: What `read` gave.
+        """
+        channels = grad.shape[1]
+        x_hat = self.x_hat[:, :channels]
+        torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad)
+        stats = self.mean.dtype
+        grad_bias = grad.sum((0, 2, 3), dtype=stats)
+        grad_weight = torch.mul(grad, x_hat, out=out).sum((0, 2, 3), dtype=stats)
+        scale = _channels(weight, grad.dtype)
+        if self.grad is None:  # that of the norm after the block, which reads all channels
+            self.grad = torch.mul(grad, scale)
+        else:
+            self.grad[:, :channels].addcmul_(grad, scale)
+        return grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def _channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.detach().to(dtype)[:, None, None]
+
+
+def _conv(x: torch.Tensor, weight: torch.Tensor, conv: Any) -> torch.Tensor:
+    return F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _conv_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        conv: Any,
+        needs_weight: bool,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
+        [True, needs_weight, False])
+    return grad_x, grad_weight.to(weight.dtype) if needs_weight else None
+
+
+class _Append(Function):
+    """Normalise new features (B, C, H, W) into the buffer; makes a token."""
+
+    @staticmethod
+    def forward(ctx: Any, token: torch.Tensor, x: torch.Tensor, features: _Features) -> torch.Tensor:
+        start, end = features.filled, features.filled + x.shape[1]
+        # With a momentum of 1, the running statistics are the batch's.
+        x_hat, _, invstd = torch.native_batch_norm(
+            x.to(features.mean.dtype), None, None, features.mean[start:end], features.var[start:end], True, 1.,
+            features.eps)
+        features.x_hat[:, start:end] = x_hat
+        features.invstd[start:end] = invstd
+        features.filled = end
+        ctx.features, ctx.start, ctx.end, ctx.dtype = features, start, end, x.dtype
+        return token.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_token: torch.Tensor) -> Any:
+        features = ctx.features
+        # Dense copies of the slices: the fused kernel needs them.
+        x_hat, grad = (t[:, ctx.start:ctx.end].to(features.mean.dtype).contiguous(memory_format=torch.channels_last)
+                       for t in (features.x_hat, features.grad))
+        # x_hat has mean 0 and variance 1 already; its own scale goes in as the weight.
+        invstd = features.invstd[ctx.start:ctx.end]
+        grad_x, _, _ = torch.ops.aten.native_batch_norm_backward(
+            grad, x_hat, invstd, None, None, torch.zeros_like(invstd), torch.ones_like(invstd), True, features.eps,
+            [True, False, False])
+        if ctx.start == 0:  # the last to need them
+            features.x_hat = features.grad = features.scratch = None
+        return torch.zeros_like(grad_token), grad_x.to(ctx.dtype), None
+
+
+class _Layer(Function):
+    """One layer's new features (B, growth_rate, H, W), from the buffer to the second convolution; takes a token."""
+
+    @staticmethod
+    def forward(ctx: Any, token: torch.Tensor, features: _Features, layer: Any, *params: torch.Tensor) -> torch.Tensor:
+        weight1, bias1, conv1, weight2, bias2, conv2 = params
+        channels = features.filled
+        _update_running_stats(layer.norm1, features.mean[:channels], features.var[:channels])
+        bottleneck = _conv(features.read(channels, weight1, bias1, scratch=True), conv1, layer.conv1)
+        norm2 = layer.norm2
+        norm2.num_batches_tracked.add_(1)
+        momentum = 1 / float(norm2.num_batches_tracked) if norm2.momentum is None else norm2.momentum
+        out, mean, invstd = torch.native_batch_norm(
+            bottleneck, weight2, bias2, norm2.running_mean, norm2.running_var, True, momentum, norm2.eps)
+        ctx.save_for_backward(*params, bottleneck, mean, invstd)
+        ctx.features, ctx.layer, ctx.channels = features, layer, channels
+        return _conv(out.relu_(), conv2, layer.conv2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        weight1, bias1, conv1, weight2, bias2, conv2, bottleneck, mean, invstd = ctx.saved_tensors
+        features, layer, needs = ctx.features, ctx.layer, ctx.needs_input_grad
+        scale = (weight2 * invstd).to(bottleneck.dtype)
+        shift = (bias2 - mean * weight2 * invstd).to(bottleneck.dtype)
+        out = torch.addcmul(shift[:, None, None], bottleneck, scale[:, None, None]).relu_()
+        grad, grad_conv2 = _conv_backward(grad, out, conv2, layer.conv2, needs[8])
+        torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad)
+        grad, grad_weight2, grad_bias2 = torch.ops.aten.native_batch_norm_backward(
+            grad, bottleneck, weight2, None, None, mean, invstd, True, layer.norm2.eps, [True, needs[6], needs[7]])
+        out = features.read(ctx.channels, weight1, bias1, scratch=True)
+        grad, grad_conv1 = _conv_backward(grad, out, conv1, layer.conv1, needs[5])
+        grad_weight1, grad_bias1 = features.add_grad(grad, weight1, bias1, out)
+        return (grad.new_zeros(()), None, None, grad_weight1, grad_bias1, grad_conv1, grad_weight2, grad_bias2,
+                grad_conv2)
+
+
+class _Tail(Function):
+    """The norm after the block, (B, C, H, W) or pooled; takes the last token and keeps the buffer."""
+
+    @staticmethod
+    def forward(
+            ctx: Any,
+            token: torch.Tensor,
+            features: _Features,
+            norm: Any,
+            pool: bool,
+            weight: torch.Tensor,
+            bias: torch.Tensor,
+    ) -> torch.Tensor:
+        _update_running_stats(norm, features.mean, features.var)
+        out = features.read(features.filled, weight, bias, scratch=pool)
+        out = F.avg_pool2d(out, 2) if pool else out
+        ctx.save_for_backward(features.x_hat, weight, bias)
+        ctx.features, ctx.pool = features, pool
+        features.x_hat = features.scratch = None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        features = ctx.features
+        features.x_hat, weight, bias = ctx.saved_tensors
+        features.grad = None
+        out = features.read(features.filled, weight, bias, scratch=True)
+        if ctx.pool:
+            grad = torch.ops.aten.avg_pool2d_backward(
+                grad.contiguous(memory_format=torch.channels_last), out, [2, 2], [2, 2], [0, 0], False, True, None)
+        else:
+            grad = grad.clone(memory_format=torch.channels_last)
+        return grad.new_zeros(()), None, None, None, *features.add_grad(grad, weight, bias, out)
+
+
+class _Close(Function):
+    """Where no norm reads the buffer last: takes the last token and keeps the buffer; the features pass."""
+
+    @staticmethod
+    def forward(ctx: Any, token: torch.Tensor, x: torch.Tensor, features: _Features) -> torch.Tensor:
+        ctx.save_for_backward(features.x_hat)
+        ctx.features = features
+        features.x_hat = features.scratch = None
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        ctx.features.x_hat, = ctx.saved_tensors
+        ctx.features.grad = torch.zeros_like(ctx.features.x_hat)
+        return grad.new_zeros(()), grad, None
+
+
+def run_eager(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, pool: bool) -> torch.Tensor:
+    channels = x.shape[1] + sum(layer.conv2.out_channels for layer in layers)
+    features = _Features(x, channels, eps)
+    outputs = [x]
+    token = _Append.apply(x.new_zeros(()), x, features)
+    for layer in layers:
+        new_features = _Layer.apply(
+            token, features, layer, layer.norm1.weight, layer.norm1.bias, layer.conv1.weight, layer.norm2.weight,
+            layer.norm2.bias, layer.conv2.weight)
+        new_features = _after_conv2(layer, new_features)
+        token = _Append.apply(token, new_features, features)
+        if tail is None:
+            outputs.append(new_features)
+    if tail is None:
+        return _Close.apply(token, torch.cat(outputs, 1), features)
+    return _Tail.apply(token, features, tail, pool, tail.weight, tail.bias)

@@ -1,0 +1,207 @@
+"""Publishes trained models on the Hugging Face Hub, with their card."""
+import csv
+import json
+import tempfile
+from importlib import resources
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional
+
+import timm
+import torch
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from timm.models import save_for_hf
+
+from .cards import finetune_card, read_metrics, registered_card
+from .checkpoints import Checkpoint, load_checkpoint
+from .errors import PublishError, hub_errors
+from .files import check_new_folder, new_folder, replace_file
+from .models.se_densenet import SEDenseNet
+
+__all__ = ['publish', 'write_card']
+
+
+def _is_msld(data: Optional[Path], recipe: Dict[str, Any]) -> bool:
+    """Tell whether the images of a split are MSLD's, by their hashes in split.csv."""
+    root = data or recipe.get('data_dir') or recipe.get('data') or ''
+    table = Path(root) / 'split.csv'
+    if not root or not table.is_file():
+        return False
+    manifest = resources.files(__package__).joinpath('data', 'msld.csv').read_text()
+    known = {row['sha256'] for row in csv.DictReader(manifest.splitlines())}
+    with open(table, newline='') as file:
+        return any(row.get('sha256') in known for row in csv.DictReader(file))
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as e:
+        raise PublishError(f'{repo_id!r} is no name of a repository: {e}') from e
+    if '/' not in repo_id:
+        raise PublishError(f'{repo_id!r} is no name of a repository: give OWNER/NAME.')
+
+
+def _checkpoint_card(repo_id: str, loaded: Checkpoint, data: Optional[Path], metrics: Optional[Path]) -> str:
+    if not isinstance(loaded.model, SEDenseNet):
+        raise PublishError(f'{loaded.model.pretrained_cfg["architecture"]} is not a model of this package; '
+                           f'timm.models.push_to_hf_hub publishes it.')
+
+    return str(finetune_card(
+        repo_id, loaded.model, loaded.label_names, loaded.data_config, loaded.recipe, loaded.trained,
+        _is_msld(data, loaded.recipe), read_metrics(metrics) if metrics else None))
+
+
+def write_card(
+        of: str,
+        repo_id: Optional[str] = None,
+        model: str = '',
+        model_kwargs: Optional[Dict[str, Any]] = None,
+        metrics: Optional[Path] = None,
+        data: Optional[Path] = None,
+        out: Optional[Path] = None,
+) -> None:
+    """Write the model card of a registered model, or of a checkpoint that is or will be published.
+
+    Args:
+        of: Name of a registered model, or path of a checkpoint.
+        repo_id: Where the checkpoint is published, OWNER/NAME.
+        model: Name of the checkpoint's model, see `load_checkpoint`, as are `model_kwargs` and `data`.
+        model_kwargs: Arguments of the checkpoint's model.
+        metrics: JSON file of measured metrics, see `timm_densese.cards.read_metrics`.
+        data: Folder that the checkpoint was trained on.
+        out: File to write, replaced if it is there; printed if None.
+
+    Raises:
+        UserError: There is no such model, or the checkpoint or metrics do not fit.
+    """
+    if repo_id is not None:
+        _check_repo_id(repo_id)
+        card = _checkpoint_card(repo_id, load_checkpoint(Path(of), model, model_kwargs, data), data, metrics)
+    elif Path(of).is_file():
+        raise PublishError(f'{of} is a checkpoint: say as OWNER/NAME where it is published.')
+    else:
+        card = str(registered_card(of, read_metrics(metrics) if metrics else None))
+    if out is None:
+        print(card)
+        return
+    replace_file(out, card)
+
+
+def publish(
+        checkpoint: Path,
+        repo_id: str,
+        model: str = '',
+        model_kwargs: Optional[Dict[str, Any]] = None,
+        metrics: Optional[Path] = None,
+        data: Optional[Path] = None,
+        private: bool = False,
+        revision: Optional[str] = None,
+        create_pr: bool = False,
+        to: Optional[Path] = None,
+        confirm: Callable[[str], bool] = lambda question: False,
+) -> str:
+    """Publish a trained model: `model.safetensors`, `config.json` and `README.md`, never a pickle.
+
+    The files are written to a folder with timm's `save_for_hf`, a model is rebuilt from that folder and must give the
+    same logits bit for bit, and then that very folder is uploaded in one commit. (timm's `push_to_hf_hub` writes and
+    uploads in one go, which leaves no place for the check.)
+
+    Args:
+        checkpoint: Checkpoint of timm's train.py or of `timm-densese train`.
+        repo_id: Repository, OWNER/NAME. It is made if there is none.
+        model: Name of the model, the checkpoint's if empty.
+        model_kwargs: Arguments of the model, over those that the run recorded.
+        metrics: JSON file of measured metrics, see `timm_densese.cards.read_metrics`.
+        data: Folder that the model was trained on; it names the classes.
+        private: Make a new repository private.
+        revision: Branch to commit to, made if there is none.
+        create_pr: Open a pull request instead of committing.
+        to: Folder to write the files to instead, which must not exist or be empty.
+        confirm: Asked before a README.md that is there already is replaced; without it, that one stays.
+
+    Returns:
+        URL of the commit or pull request, or the folder.
+
+    Raises:
+        UserError: Checkpoint, names, data or metrics do not fit, or the Hub refuses; nothing half-sent is visible.
+    """
+    _check_repo_id(repo_id)
+    if create_pr and revision:
+        raise PublishError('Give --pr or --revision, not both: a pull request makes a branch of its own.')
+    if to is not None:
+        check_new_folder(to, '--to', PublishError)
+
+    loaded = load_checkpoint(checkpoint, model, model_kwargs, data)
+    card = _checkpoint_card(repo_id, loaded, data, metrics)
+    with new_folder(to) if to is not None else tempfile.TemporaryDirectory(prefix='timm-densese-') as folder:
+        work = Path(folder)
+        save_for_hf(
+            loaded.model, str(work), safe_serialization=True, data_config=loaded.data_config,
+            # The tag and licence are the DenseNet's; these weights are others.
+            model_config={'label_names': loaded.label_names or None,
+                          'pretrained_cfg': {'tag': '', 'license': ModelCard(card).data.to_dict()['license']}})
+        # timm 1.0.31 writes num_classes twice, and transformers' TimmWrapper then passes it twice.
+        config = json.loads((work / 'config.json').read_text())
+        config['model_args'].pop('num_classes', None)
+        (work / 'config.json').write_text(json.dumps(config, indent=2))
+        (work / 'README.md').write_text(card, encoding='utf-8')
+        _verify(work, loaded)
+        print(f'To {to if to is not None else repo_id}:')
+        for file in sorted(work.iterdir()):
+            print(f'  {file.name:18} {file.stat().st_size:>11,} bytes')
+        if to is None:
+            with hub_errors(repo_id, 'publish'):
+                return _upload(work, repo_id, private, revision, create_pr, confirm)
+    print(f"Load it with\n  import timm, timm_densese\n  timm.create_model('local-dir:{to}', pretrained=True)")
+    return str(to)
+
+
+@torch.inference_mode()
+def _verify(folder: Path, loaded: Checkpoint) -> None:
+    """Rebuild the model from the files that will be published, and compare logits bit for bit."""
+    rebuilt: Any = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    images = torch.randn(2, *loaded.data_config['input_size'], generator=torch.Generator().manual_seed(0))
+    if not torch.equal(rebuilt(images), loaded.model(images)):
+        raise PublishError(
+            'The files rebuild a model with other logits, so nothing was sent. Give the arguments that the model was '
+            'trained with as --model-kwargs.')
+
+
+def _upload(
+        folder: Path,
+        repo_id: str,
+        private: bool,
+        revision: Optional[str],
+        create_pr: bool,
+        confirm: Callable[[str], bool],
+) -> str:
+    api = HfApi(library_name='timm-densese')
+    ignore = []
+    try:
+        there = api.model_info(repo_id)
+        if private and not there.private:
+            raise PublishError(f'{repo_id} exists and is public: --private does not hide it. Change it in its settings '
+                               f'first, or publish under another name.')
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private)
+    if revision:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if api.file_exists(repo_id, 'README.md', revision=revision):
+        readme = Path(api.hf_hub_download(repo_id, 'README.md', revision=revision)).read_bytes()
+        same = readme == (folder / 'README.md').read_bytes()
+        if not same and not confirm(f'{repo_id} has a README.md of its own. Replace it?'):
+            ignore.append('README.md')
+            print(f'The README.md of {repo_id} stays as it is.')
+    try:
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, revision=revision, create_pr=create_pr, ignore_patterns=ignore,
+            commit_message='Publish the model with timm-densese')
+    except RuntimeError as e:  # huggingface_hub wraps what stopped an upload
+        raise e.__cause__ if isinstance(e.__cause__, Exception) else e from e
+    url = commit.pr_url or commit.commit_url
+    at = f'@{revision}' if revision else ''
+    print(f"{url}\nLoad it with\n  import timm, timm_densese\n"
+          f"  timm.create_model('hf-hub:{repo_id}{at}', pretrained=True)")
+    return url
