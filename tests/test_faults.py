@@ -177,7 +177,7 @@ def damage(folder):
 def test_damaged_images_from_split_to_prediction(trained, tmp_path):
     generate_images(tmp_path / 'images', per_class=14, size=40)
     readable, unreadable = damage(tmp_path / 'images' / 'spots')
-    result = run('data', 'split', tmp_path / 'images', '--out', tmp_path / 'split', '--val', '.25', '--test', '.25')
+    result = run('data', 'split', tmp_path / 'images', '--output', tmp_path / 'split', '--val', '.25', '--test', '.25')
     assert result.returncode == 0, result.stderr
     for name in unreadable:
         assert re.search(f'left out, not decodable.*{re.escape(name)}', result.stdout), name
@@ -193,7 +193,7 @@ def test_damaged_images_from_split_to_prediction(trained, tmp_path):
     result = run('train', tmp_path / 'split', '--output', tmp_path / 'run', '--epochs', 1, '--workers', 0, '--img-size',
                  32, '--model-kwargs', 'growth_rate=4', 'block_config=(2,2,2)')
     assert result.returncode == 0, result.stderr
-    result = run('evaluate', tmp_path / 'run' / 'last.pth.tar', tmp_path / 'split', '--report', tmp_path / 'report')
+    result = run('evaluate', tmp_path / 'run' / 'last.pth.tar', tmp_path / 'split', '--output', tmp_path / 'report')
     assert result.returncode == 0, result.stderr
     result = run('predict', trained[1], tmp_path / 'images' / 'spots')
     assert result.returncode == 1
@@ -266,7 +266,7 @@ def test_a_checkpoint_of_another_architecture(data, tmp_path, how):
     # Told the wrong model, it says which tensors do not fit.
     args = yaml.safe_load((tmp_path / 'other' / 'args.yaml').read_text())
     (tmp_path / 'other' / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': 'se_densenet169'}))
-    assert main(['publish', str(checkpoint), 'owner/name', '--to', str(tmp_path / 'published')]) == 1
+    assert main(['publish', str(checkpoint), 'owner/name', '--output', str(tmp_path / 'published')]) == 1
 
 
 # Fuzzing.

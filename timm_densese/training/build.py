@@ -169,7 +169,7 @@ def _open_split(config: TrainConfig, split: str) -> ImageDataset:
     if not folder.is_dir():
         raise TrainingError(
             f'{folder} is not there. Make train/, val/ and test/ from a folder of class folders with: '
-            f'timm-densese data split SRC --out DIR')
+            f'timm-densese data split SRC --output DIR')
     try:
         return create_dataset('', root=str(config.data_dir), split=split)
     except RuntimeError as e:
