@@ -238,7 +238,7 @@ def test_every_way_to_name_a_model(trained, hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda data: (data / 'test' / 'other').mkdir(), 'It has others: other'),
+    (lambda data: next((data / 'test').iterdir()).rename(data / 'test' / 'other'), 'It has others: other'),
     (lambda data: shutil.rmtree(data / 'test'), 'It has others: train, val'),
     (lambda data: [p.write_bytes(b'') for p in (data / 'test').rglob('*.png')], 'None of the 24 images'),
     (lambda data: shutil.rmtree(data), 'is not a folder'),

@@ -9,7 +9,7 @@ import torch
 from timm.data import ImageNetInfo
 
 from .checkpoints import Checkpoint, load_model, short_name
-from .data.images import Logits, choose_device, compute_logits, find_images
+from .data.images import Logits, choose_device, compute_logits, list_images
 from .errors import ImagesError
 from .files import check_new_folder, new_folder, sha256
 from .metrics import Scores, _compare, _confusion, _resample, _scores, _softmax, _with_intervals, fit_temperature
@@ -139,7 +139,7 @@ def _classes(loaded: Checkpoint, folder: Path, model: str) -> List[str]:
     if not folder.is_dir():
         raise ImagesError(f'{folder} is not a folder. Choose another --split, or make the splits with '
                           f'`timm-densese data split SRC --out DIR`.')
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    found = list_images(folder).classes
     labels = loaded.label_names or found
     synsets: List[str] = ImageNetInfo('imagenet-1k').label_names()
     if found and set(found) <= set(synsets) and loaded.model.num_classes == len(synsets):
@@ -165,8 +165,9 @@ def _run_split(
         workers: int,
 ) -> _Split:
     folder = data / split
-    paths = find_images([str(folder)])
-    paths = [path for path in paths if path.relative_to(folder).parts[0] in classes]
+    images = list_images(folder)
+    paths = [path for path, _ in images.samples]
+    labels = np.array([classes.index(images.classes[label]) for _, label in images.samples])
     found: Logits = compute_logits(
         loaded.model, paths, loaded.data_config, device, batch_size, workers, desc=split or folder.name)
     if not found.indices:
@@ -178,7 +179,7 @@ def _run_split(
     # An image that the table does not know is a group of its own.
     groups = [known.get(digest, -1 - i) for i, digest in enumerate(hashes)]
     return _Split(
-        good, np.array([classes.index(path.relative_to(folder).parts[0]) for path in good]),
+        good, labels[found.indices],
         found.values.double().numpy(), np.unique(groups, return_inverse=True)[1], hashes,
         {str(paths[i].relative_to(data)): error for i, error in found.errors.items()})
 
@@ -213,7 +214,7 @@ def _leaks(scored: _Split, data: Path, recipe: Dict[str, Any]) -> List[str]:
         train = [row for row in rows if row[column] == 'train']
         hashes |= {digest for row in train for digest in _row_hashes(row)}
         if not rows and (folder / 'train').is_dir():
-            hashes |= {sha256(p) for p in find_images([str(folder / 'train')])}
+            hashes |= {sha256(path) for path, _ in list_images(folder / 'train').samples}
         if folder == data.resolve():
             known = {digest: row['group'] for row in rows for digest in _row_hashes(row)}
             train_groups = {row['group'] for row in train}

@@ -326,7 +326,7 @@ def test_refuses_folders_it_should_not_touch(tmp_path, capsys):
     shutil.rmtree(src / 'b')
     with pytest.raises(SplitError, match=r"found \{'a': 20\}"):
         split_images(src, tmp_path / 'out')
-    (src / 'train').mkdir()
+    shutil.copytree(src / 'a', src / 'train' / 'a')
     with pytest.raises(SplitError, match='split already'):
         split_images(src, tmp_path / 'out')
     assert main(['data', 'split', str(tmp_path / 'nowhere'), '--out', str(tmp_path / 'out')]) == 1
