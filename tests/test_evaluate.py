@@ -16,10 +16,11 @@ from sklearn import metrics as sk
 
 from timm_densese.checkpoints import load_model
 from timm_densese.cli import main
-from timm_densese.data.images import compute_logits, find_images
+from timm_densese.data.images import find_images
 from timm_densese.errors import ImagesError, ModelNotFoundError, UserError
 from timm_densese.evaluate import evaluate
 from timm_densese.metrics import _resample, _scores, _with_intervals, fit_temperature
+from timm_densese.predict import compute_logits
 from timm_densese.publish import publish
 from timm_densese.training import TrainConfig, train
 
@@ -38,7 +39,7 @@ def results(trained, tmp_path_factory):
 def logits_of(trained, split):
     loaded = load_model(str(trained[1]))
     paths = find_images([str(trained[0] / split)])
-    found = compute_logits(loaded.model, paths, loaded.data_config, torch.device('cpu'))
+    found = compute_logits(loaded, paths)
     return found.values.double(), np.array([['spots', 'stripes'].index(path.parent.name) for path in paths])
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
 import numpy as np
-import torch
 from timm.data import ImageNetInfo
 
 from .checkpoints import Checkpoint, load_model, short_name
-from .data.images import Logits, choose_device, compute_logits, list_images
+from .data.images import list_images
 from .errors import ImagesError
 from .files import check_new_folder, new_folder, sha256
 from .metrics import Scores, _compare, _confusion, _resample, _scores, _softmax, _with_intervals, fit_temperature
+from .predict import Logits, compute_logits
 from .report import _cell, _figures, _page, _Split
 
 __all__ = ['evaluate']
@@ -61,11 +61,10 @@ def evaluate(
     check_new_folder(report, '--report')
     if not data.is_dir():
         raise ImagesError(f'{data} is not a folder.')
-    where = choose_device(device)
-    loaded = load_model(model)
+    loaded = load_model(model, device)
     split = split or ('test' if (data / 'test').is_dir() else '')
     classes = _classes(loaded, data / split, model)
-    scored = _run_split(loaded, data, split, classes, where, batch_size, workers)
+    scored = _run_split(loaded, data, split, classes, batch_size, workers)
     warnings = _leaks(scored, data, loaded.recipe)
     absent = [name for i, name in enumerate(classes) if i not in scored.labels]
     if absent:
@@ -76,7 +75,7 @@ def evaluate(
 
     temperature = None
     if split != 'val' and (data / 'val').is_dir():
-        validation = _run_split(loaded, data, 'val', classes, where, batch_size, workers)
+        validation = _run_split(loaded, data, 'val', classes, batch_size, workers)
         shared = set(validation.hashes) & set(scored.hashes)
         if shared:
             warnings.append(f'{len(shared)} of the images are in val/, too, on which the temperature was fitted.')
@@ -114,10 +113,10 @@ def evaluate(
                 strict=True)],
     }
     if compare:
-        other = load_model(compare)
+        other = load_model(compare, device)
         if _classes(other, data / split, compare) != classes:
             raise ImagesError(f'{compare} has the classes {other.label_names}, {model} has {classes}.')
-        rival = _run_split(other, data, split, classes, where, batch_size, workers)
+        rival = _run_split(other, data, split, classes, batch_size, workers)
         results.update(_compare(
             scored.labels, probabilities, _softmax(rival.logits), classes, samples, short_name(compare)))
 
@@ -160,16 +159,15 @@ def _run_split(
         data: Path,
         split: str,
         classes: List[str],
-        device: torch.device,
         batch_size: int,
         workers: int,
 ) -> _Split:
     folder = data / split
     images = list_images(folder)
-    paths = [path for path, _ in images.samples]
-    labels = np.array([classes.index(images.classes[label]) for _, label in images.samples])
-    found: Logits = compute_logits(
-        loaded.model, paths, loaded.data_config, device, batch_size, workers, desc=split or folder.name)
+    place = {label: classes.index(name) for label, name in enumerate(images.classes) if name in classes}
+    paths = [path for path, label in images.samples if label in place]
+    labels = np.array([place[label] for _, label in images.samples if label in place])
+    found: Logits = compute_logits(loaded, paths, batch_size, workers, desc=split or folder.name)
     if not found.indices:
         raise ImagesError(f'None of the {len(paths)} images of {folder} can be read, the first for '
                           f'{next(iter(found.errors.values()))}.')

@@ -17,9 +17,10 @@ import torch.nn as nn
 from PIL import Image
 
 from .checkpoints import Checkpoint, load_model
-from .data.images import choose_device, find_images, load_batches
+from .data.images import find_images
 from .errors import ImagesError
 from .files import check_new_folder, new_folder
+from .predict import load_batches
 
 __all__ = ['draw_gates', 'explain', 'grad_cam', 'overlay', 'read_gates']
 
@@ -146,16 +147,13 @@ def explain(
 
     check_new_folder(out, '--out')
     paths = find_images(images)
-    where = choose_device(device)
-    loaded = load_model(model)
-    earlier = load_model(before) if before else None
+    loaded = load_model(model, device)
+    earlier = load_model(before, device) if before else None
     sites = list(getattr(loaded.model, 'attn_sites', {}))
     if earlier and list(getattr(earlier.model, 'attn_sites', {})) != sites:
         raise ImagesError(f'{before} has its attention in other places than {model}.')
     names = loaded.class_names
 
-    for each in filter(None, (loaded, earlier)):
-        each.model.to(where)
     with new_folder(out) as work:
         (work / 'cam').mkdir()
         labels: List[int] = []
@@ -166,7 +164,7 @@ def explain(
                 print(f'not readable: {paths[place]} ({error})')
             if not places:
                 continue
-            batch = batch.to(where)
+            batch = batch.to(loaded.device)
             with torch.inference_mode():
                 called = loaded.model(batch).argmax(1).tolist()
             for place, prediction in zip(places, called, strict=True):

@@ -1,23 +1,17 @@
-"""Which files are images of which class, in which order, and how one is read; and a model's logits for them."""
+"""Which files are images of which class, in which order, and how one is read."""
 import glob
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple, Union
 
 import numpy as np
-import torch
-import torch.nn as nn
 from PIL import Image, ImageOps
-from timm.data import create_transform
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm  # comes with huggingface_hub
 
 from ..errors import ImagesError
 
-__all__ = ['ImageFolder', 'Logits', 'choose_device', 'compute_logits', 'find_images', 'is_hidden', 'list_images',
-           'load_batches', 'looks_like_image', 'natural_key', 'read_image']
+__all__ = ['ImageFolder', 'find_images', 'is_hidden', 'list_images', 'looks_like_image', 'natural_key', 'read_image']
 
 with suppress(ImportError):  # photos of iPhones, where somebody installed what reads them
     import pillow_heif
@@ -237,105 +231,3 @@ def _check_range(image: Image.Image) -> None:
     if 0 < largest < 1 << 6:
         raise ValueError('its colours have 16 bits of which it uses 14 or fewer, which PIL cuts off; convert it to 8 '
                          'bits')
-
-
-def choose_device(device: str) -> torch.device:
-    """Give a device by its name; by none, CUDA where there is one, else the CPU."""
-    return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-
-
-class _Files(Dataset):
-    """Images by index; one that cannot be read is its error."""
-
-    def __init__(self, paths: Sequence[Path], transform: Any) -> None:
-        self.paths, self.transform = paths, transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tuple[int, Optional[torch.Tensor], str]:
-        try:
-            return index, self.transform(read_image(self.paths[index])), ''
-        except Exception as e:  # PIL's decoders raise whatever they meet
-            return index, None, f'{type(e).__name__}: {e}'
-
-
-class Logits(NamedTuple):
-    """What a model says of image files.
-
-    Attributes:
-        values: Logits (N, num_classes) in float32, of the images that could be read.
-        indices: Their places in the list of files, (N,).
-        errors: Why the others could not be read, by their places.
-    """
-    values: torch.Tensor
-    indices: List[int]
-    errors: Dict[int, str]
-
-
-def load_batches(
-        paths: Sequence[Path],
-        data_config: Dict[str, Any],
-        batch_size: int = 32,
-        workers: int = 0,
-        desc: str = '',
-) -> Iterator[Tuple[List[int], torch.Tensor, Dict[int, str]]]:
-    """Read images in batches, with progress.
-
-    Args:
-        paths: Files.
-        data_config: Preprocessing, as of `timm.data.resolve_data_config`.
-        batch_size: Images a batch.
-        workers: Processes that read them.
-        desc: What to call the progress.
-
-    Returns:
-        For each batch: places in `paths` of the images that could be read, these images (B, C, H, W), and the errors
-        of the others by place.
-    """
-    loader: Any = DataLoader(
-        _Files(paths, create_transform(**data_config)), batch_size, collate_fn=list,
-        num_workers=workers if len(paths) > batch_size else 0)
-    with tqdm(total=len(paths), desc=desc, unit='image') as progress:
-        for batch in loader:
-            good = [(index, image) for index, image, _ in batch if image is not None]
-            errors = {index: error for index, image, error in batch if image is None}
-            images = torch.stack([image for _, image in good]) if good else torch.empty(0)
-            yield [index for index, _ in good], images, errors
-            progress.update(len(batch))
-
-
-def compute_logits(
-        model: nn.Module,
-        paths: Sequence[Path],
-        data_config: Dict[str, Any],
-        device: torch.device,
-        batch_size: int = 32,
-        workers: int = 0,
-        desc: str = '',
-) -> Logits:
-    """Run a model on image files; those that cannot be read stop nothing.
-
-    Args:
-        model: Model in eval mode, moved to `device`.
-        paths: Files.
-        data_config: Preprocessing.
-        device: Where to run it.
-        batch_size: Images a batch.
-        workers: Processes that read the images.
-        desc: What to call the progress.
-
-    Returns:
-        The logits and what went wrong.
-    """
-    model.to(device)
-    values: List[torch.Tensor] = []
-    indices: List[int] = []
-    errors: Dict[int, str] = {}
-    for places, images, failed in load_batches(paths, data_config, batch_size, workers, desc):
-        errors.update(failed)
-        if places:
-            with torch.inference_mode():
-                values.append(model(images.to(device)).float().cpu())
-            indices += places
-    return Logits(torch.cat(values) if values else torch.empty(0, 0), indices, errors)
