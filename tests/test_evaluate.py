@@ -260,6 +260,7 @@ def test_a_report_that_is_there_is_not_replaced(trained, tmp_path):
     assert [path.name for path in Path(tmp_path).iterdir()] == ['kept']
 
 
+@pytest.mark.slow
 def test_imagenet_folders_by_their_synsets(hub, tmp_path):
     put_on_hub(hub, 'timm/densenet121.ra_in1k', timm.create_model('densenet121'))
     for synset in ('n01440764', 'n15075141'):  # the first and the last class
