@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import timm
 
 # Stands in for a script of timm's: same way of starting, prints what it found.
 SCRIPT = """
 import sys
+import pytest
 import timm
 
 def main():
@@ -37,6 +39,7 @@ def make_checkout(folder, version):
     return folder
 
 
+@pytest.mark.slow
 def test_the_installed_timm_serves_a_script_in_a_checkout(tmp_path):
     checkout = make_checkout(tmp_path / 'checkout', timm.__version__)
     for cwd in (tmp_path, checkout):

@@ -6,9 +6,10 @@ import timm
 import torch
 import yaml
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from timm.data import ImageNetInfo, create_dataset, resolve_data_config
+from timm.data import ImageNetInfo, resolve_data_config
 from timm.models import clean_state_dict, get_pretrained_cfg, is_model
 
+from .data.images import list_images
 from .errors import ModelNotFoundError, PublishError, hub_errors
 from .models.untrusted import check_model_args, read_checkpoint
 
@@ -189,12 +190,9 @@ def _label_names(recipe: Dict[str, Any], data: Optional[Path], num_classes: int)
     if root and Path(root).is_dir():
         split = recipe.get('train_split') or 'train'
         folder = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
-        try:
-            index: Any = create_dataset('', root=str(folder)).reader.class_to_idx  # type: ignore[attr-defined]
-            found = sorted(index, key=index.get)
-        except Exception as e:  # timm's readers raise what they meet
-            if data:
-                raise PublishError(f'--data {data} names no classes: {e}') from e
+        found = list_images(folder).classes
+        if data and not found:
+            raise PublishError(f'--data {data} names no classes: it holds no images in class folders.')
     elif data:
         raise PublishError(f'--data {data} is not a folder.')
     if data and recorded and found != recorded:

@@ -7,7 +7,7 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from .checkpoints import Checkpoint, load_model, short_name
-from .data.images import find_images
+from .data.images import list_images
 from .errors import ImagesError
 from .files import check_new_folder, new_folder, sha256
 from .metrics import (
@@ -167,7 +167,7 @@ def _classes(loaded: Checkpoint, folder: Path, model: str) -> List[str]:
     if not folder.is_dir():
         raise ImagesError(f'{folder} is not a folder. Choose another --split, or make the splits with '
                           f'`timm-densese data split SRC --output DIR`.')
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    found = list_images(folder).classes
     labels = loaded.label_names or found
     synsets: List[str] = ImageNetInfo('imagenet-1k').label_names()
     if found and set(found) <= set(synsets) and loaded.model.num_classes == len(synsets):
@@ -192,8 +192,10 @@ def _run_split(
         workers: int,
 ) -> _Scored:
     folder = data / split
-    paths = find_images([str(folder)])
-    paths = [path for path in paths if path.relative_to(folder).parts[0] in classes]
+    images = list_images(folder)
+    place = {label: classes.index(name) for label, name in enumerate(images.classes) if name in classes}
+    paths = [path for path, label in images.samples if label in place]
+    labels = np.array([place[label] for _, label in images.samples if label in place])
     found = compute_logits(loaded, paths, batch_size, workers, desc=split or folder.name)
     if not found.indices:
         raise ImagesError(f'None of the {len(paths)} images of {folder} can be read, the first for '
@@ -204,7 +206,7 @@ def _run_split(
     # An image that the table does not know is a group of its own.
     groups = [known.get(digest, -1 - i) for i, digest in enumerate(hashes)]
     return _Scored(
-        good, np.array([classes.index(path.relative_to(folder).parts[0]) for path in good]),
+        good, labels[found.indices],
         found.values.double().numpy(), np.unique(groups, return_inverse=True)[1], hashes,
         {str(paths[i].relative_to(data)): error for i, error in found.errors.items()})
 
@@ -239,7 +241,7 @@ def _leaks(scored: _Scored, data: Path, recipe: Dict[str, Any]) -> List[str]:
         train = [row for row in rows if row[column] == 'train']
         hashes |= {digest for row in train for digest in _row_hashes(row)}
         if not rows and (folder / 'train').is_dir():
-            hashes |= {sha256(p) for p in find_images([str(folder / 'train')])}
+            hashes |= {sha256(path) for path, _ in list_images(folder / 'train').samples}
         if folder == data.resolve():
             known = {digest: row['group'] for row in rows for digest in _row_hashes(row)}
             train_groups = {row['group'] for row in train}

@@ -127,8 +127,8 @@ def explain(
 
     Args:
         model: What `timm_densese.checkpoints.load_model` takes.
-        images: Files, folders and patterns. Where an image's folder is named as a class, that is its class; the others
-            count for the class that the model gives them.
+        images: Files, folders and patterns. Where a folder above an image is named as a class, that is its class; the
+            others count for the class that the model gives them.
         output: Folder to write, which must not exist or be empty: cam/ with an overlay for each image, and for
             SE-DenseNets excitation.csv (site, channel, class, mean gate), excitation.json (by site: eta squared,
             saturated and dead gates) and excitation.png.
@@ -167,8 +167,9 @@ def explain(
             batch = batch.to(loaded.device)
             with torch.inference_mode():
                 called = loaded.model(batch).argmax(1).tolist()
-            labels += [names.index(paths[place].parent.name) if paths[place].parent.name in names else prediction
-                       for place, prediction in zip(places, called, strict=True)]
+            for place, prediction in zip(places, called, strict=True):
+                above = (names.index(folder.name) for folder in paths[place].parents if folder.name in names)
+                labels.append(next(above, prediction))
             for image, cam, place, prediction in zip(
                     batch, grad_cam(loaded.model, batch, called), places, called, strict=True):
                 name = f'{place:05}-{paths[place].stem[:80]}-{_file_name(names[prediction])}.png'

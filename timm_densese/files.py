@@ -9,7 +9,7 @@ from typing import Iterator, Type, Union
 
 from .errors import UserError
 
-__all__ = ['check_new_folder', 'new_folder', 'replace_file', 'sha256']
+__all__ = ['check_new_folder', 'new_folder', 'printable', 'replace_file', 'sha256']
 
 
 def check_new_folder(out: Path, option: str, error: Type[UserError] = UserError) -> None:
@@ -62,3 +62,13 @@ def sha256(file: Path) -> str:
         while part := stream.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def printable(name: Union[str, Path]) -> str:
+    r"""Show a file's name on any output: what is not UTF-8 in it is escaped.
+
+    Example:
+        >>> print(printable('caf\udce9.png'))
+        caf\xe9.png
+    """
+    return os.fsencode(name).decode('utf-8', 'backslashreplace')

@@ -141,7 +141,8 @@ def score(
             scores[f'nll{suffix}'] = weights @ -np.log(p[own].clip(smallest, 1)) / total
             scores[f'brier{suffix}'] = weights @ ((p ** 2).sum(1) - 2 * p[own] + 1) / total
             scores[f'ece{suffix}'] = _calibration_error(labels, p, weights)
-    scores.update({f'{name}/{classes[i]}': values[:, i] for name, values in by_class.items() for i in every})
+    scores.update({f'{name}/{label}': values[:, i] for name, values in by_class.items()
+                   for i, label in enumerate(classes)})
     return scores
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import ImageDataset, create_dataset, create_transform, resolve_data_config
+from timm.data import create_transform, resolve_data_config
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -21,8 +21,9 @@ from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_
 from timm.utils import random_seed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ..data.images import read_image
+from ..data.images import ImageFolder, list_images, read_image
 from ..errors import TrainingError
+from ..files import printable
 from .config import TrainConfig
 
 __all__ = ['Run', 'build_run']
@@ -80,13 +81,14 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
         TrainingError: The folders do not hold what is needed, or weights cannot be loaded.
     """
     train_set, val_set = _open_split(config, config.train_split), _open_split(config, config.val_split)
-    classes = list(train_set.reader.class_to_idx)
-    if len(classes) < 2 or classes != list(val_set.reader.class_to_idx):
+    classes = train_set.classes
+    if len(classes) < 2 or classes != val_set.classes:
         raise TrainingError(
             f'{config.train_split}/ and {config.val_split}/ in {config.data_dir} must hold the same two or more '
-            f'classes; found {classes} and {list(val_set.reader.class_to_idx)}.')
-    if len(train_set) < 2 * world:
-        raise TrainingError(f'{config.train_split}/ holds {len(train_set)} images, too few for {world} processes.')
+            f'classes; found {classes} and {val_set.classes}.')
+    if len(train_set.samples) < 2 * world:
+        raise TrainingError(
+            f'{config.train_split}/ holds {len(train_set.samples)} images, too few for {world} processes.')
 
     random_seed(config.seed)
     model = _create_model(config, len(classes))
@@ -130,12 +132,12 @@ class _Images(Dataset):
     With a seed, each is augmented from a seed of its own, so that the order and place of loading do not matter.
     """
 
-    def __init__(self, dataset: ImageDataset, transform: Any, seed: Optional[int] = None) -> None:
-        self.samples: List[Tuple[str, int]] = dataset.reader.samples
+    def __init__(self, samples: List[Tuple[Path, int]], transform: Any, seed: Optional[int] = None) -> None:
+        self.samples = samples
         self.transform = transform
         self.seed = seed
         self.epoch = 0
-        self.told: Set[str] = set()
+        self.told: Set[Path] = set()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -159,28 +161,28 @@ class _Images(Dataset):
             except Exception as e:  # PIL's decoders raise whatever they meet
                 if path not in self.told:
                     self.told.add(path)
-                    print(f'not readable, the next image takes its place: {path} ({type(e).__name__}: {e})',
+                    print(f'not readable, the next image takes its place: {printable(path)} ({type(e).__name__}: {e})',
                           file=sys.stderr)
         raise TrainingError(f'None of the {len(self)} images can be read.')
 
 
-def _open_split(config: TrainConfig, split: str) -> ImageDataset:
+def _open_split(config: TrainConfig, split: str) -> ImageFolder:
     folder = Path(config.data_dir) / split
     if not folder.is_dir():
         raise TrainingError(
             f'{folder} is not there. Make train/, val/ and test/ from a folder of class folders with: '
             f'timm-densese data split SRC --output DIR')
-    try:
-        return create_dataset('', root=str(config.data_dir), split=split)
-    except RuntimeError as e:
-        raise TrainingError(f'{folder} holds no images in class folders ({e}).') from e
+    images = list_images(folder)
+    if not images.samples:
+        raise TrainingError(f'{folder} holds no images in class folders.')
+    return images
 
 
 def _create_loaders(
         config: TrainConfig,
         data_config: Dict[str, Any],
-        train_set: ImageDataset,
-        val_set: ImageDataset,
+        train_set: ImageFolder,
+        val_set: ImageFolder,
         world: int,
         rank: int,
 ) -> Tuple[DataLoader, DataLoader]:
@@ -190,16 +192,17 @@ def _create_loaders(
         hflip=config.hflip, vflip=config.vflip, color_jitter=config.color_jitter, auto_augment=config.aa,
         interpolation='random' if not config.no_aug else data_config['interpolation'], mean=data_config['mean'],
         std=data_config['std'], re_prob=config.reprob, re_mode='pixel')
-    batch_size = min(config.batch_size, len(train_set) // world)
+    batch_size = min(config.batch_size, len(train_set.samples) // world)
+    train_images = _Images(train_set.samples, train_transform, config.seed)
     # The sampler deals the shuffled images out one by one: batch k of all processes together holds the same images,
     # however many processes there are.
     train_loader = DataLoader(
-        _Images(train_set, train_transform, config.seed), batch_size, num_workers=config.workers, drop_last=True,
-        sampler=DistributedSampler(train_set, world, rank, shuffle=True, seed=config.seed, drop_last=True))
+        train_images, batch_size, num_workers=config.workers, drop_last=True,
+        sampler=DistributedSampler(train_images, world, rank, shuffle=True, seed=config.seed, drop_last=True))
     val_loader = DataLoader(
-        _Images(val_set, create_transform(**data_config)), config.validation_batch_size or config.batch_size,
+        _Images(val_set.samples, create_transform(**data_config)), config.validation_batch_size or config.batch_size,
         num_workers=config.workers,
-        sampler=range(rank, len(val_set), world))
+        sampler=range(rank, len(val_set.samples), world))
     return train_loader, val_loader
 
 
@@ -233,10 +236,10 @@ def _place_model(config: TrainConfig, model: Any, device: torch.device, world: i
             convert_sync_batchnorm(model)
 
 
-def _create_loss(config: TrainConfig, train_set: ImageDataset, num_classes: int) -> nn.Module:
+def _create_loss(config: TrainConfig, train_set: ImageFolder, num_classes: int) -> nn.Module:
     weight = torch.ones(num_classes)
     if config.class_weights:
-        labels = torch.tensor([label for _, label in train_set.reader.samples])
+        labels = torch.tensor([label for _, label in train_set.samples])
         counts = labels.bincount(minlength=num_classes).float()
         weight = counts.sum() / (num_classes * counts)
     return _WeightedCrossEntropy(weight, config.smoothing)

@@ -49,9 +49,10 @@ class Records:
         self.best = self._best_before(run.start_epoch) if config.resume else None
 
         options = asdict(config)
-        replace_file(self.output / 'args.yaml', yaml.safe_dump({
-            **options, 'num_classes': len(run.classes), 'class_names': run.classes,
-            **{k: list(run.data_config[k]) for k in ('input_size', 'mean', 'std')}}, sort_keys=False))
+        with self._writing('args.yaml'):
+            replace_file(self.output / 'args.yaml', yaml.safe_dump({
+                **options, 'num_classes': len(run.classes), 'class_names': run.classes,
+                **{k: list(run.data_config[k]) for k in ('input_size', 'mean', 'std')}}, sort_keys=False))
         self._saver = CheckpointSaver(
             run.task.get_eval_model(ema=False), run.optimizer, argparse.Namespace(**options),
             checkpoint_dir=config.output, decreasing=self._metric == 'loss', max_history=1, task=run.task)
