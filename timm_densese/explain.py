@@ -17,9 +17,10 @@ import torch.nn as nn
 from PIL import Image
 
 from .checkpoints import Checkpoint, load_model
-from .data.images import choose_device, find_images, load_batches
+from .data.images import find_images
 from .errors import ImagesError
 from .files import check_new_folder, new_folder
+from .predict import load_batches
 
 __all__ = ['draw_gates', 'explain', 'grad_cam', 'overlay', 'read_gates']
 
@@ -117,7 +118,7 @@ def read_gates(model: Any, images: torch.Tensor) -> Dict[str, torch.Tensor]:
 def explain(
         model: str,
         images: Sequence[str],
-        out: Path,
+        output: Path,
         before: str = '',
         device: str = '',
         batch_size: int = 16,
@@ -126,11 +127,11 @@ def explain(
 
     Args:
         model: What `timm_densese.checkpoints.load_model` takes.
-        images: Files, folders and patterns. Where an image's folder is named as a class, that is its class; the others
-            count for the class that the model gives them.
-        out: Folder to write, which must not exist or be empty: cam/ with an overlay for each image, and for
-            SE-DenseNets excitation.csv (site, channel, class, mean gate), excitation.json (what separates classes,
-            saturated and dead gates, by site) and excitation.png.
+        images: Files, folders and patterns. Where a folder above an image is named as a class, that is its class; the
+            others count for the class that the model gives them.
+        output: Folder to write, which must not exist or be empty: cam/ with an overlay for each image, and for
+            SE-DenseNets excitation.csv (site, channel, class, mean gate), excitation.json (by site: eta squared,
+            saturated and dead gates) and excitation.png.
         before: The model before fine-tuning, to draw its gates, too.
         device: Device, by default CUDA where there is one.
         batch_size: Images a batch.
@@ -140,23 +141,20 @@ def explain(
 
     Raises:
         ImagesError: There are no images, or none can be read.
-        UserError: A model cannot be loaded, or `out` is not empty.
+        UserError: A model cannot be loaded, or `output` is not empty.
     """
     import pytorch_grad_cam  # noqa: F401  it is missed before there is work to lose
 
-    check_new_folder(out, '--out')
+    check_new_folder(output, '--output')
     paths = find_images(images)
-    where = choose_device(device)
-    loaded = load_model(model)
-    earlier = load_model(before) if before else None
+    loaded = load_model(model, device)
+    earlier = load_model(before, device) if before else None
     sites = list(getattr(loaded.model, 'attn_sites', {}))
     if earlier and list(getattr(earlier.model, 'attn_sites', {})) != sites:
         raise ImagesError(f'{before} has its attention in other places than {model}.')
     names = loaded.class_names
 
-    for each in filter(None, (loaded, earlier)):
-        each.model.to(where)
-    with new_folder(out) as work:
+    with new_folder(output) as work:
         (work / 'cam').mkdir()
         labels: List[int] = []
         gates: Dict[str, List[torch.Tensor]] = {site: [] for site in sites}
@@ -166,11 +164,12 @@ def explain(
                 print(f'not readable: {paths[place]} ({error})')
             if not places:
                 continue
-            batch = batch.to(where)
+            batch = batch.to(loaded.device)
             with torch.inference_mode():
                 called = loaded.model(batch).argmax(1).tolist()
-            labels += [names.index(paths[place].parent.name) if paths[place].parent.name in names else prediction
-                       for place, prediction in zip(places, called, strict=True)]
+            for place, prediction in zip(places, called, strict=True):
+                above = (names.index(folder.name) for folder in paths[place].parents if folder.name in names)
+                labels.append(next(above, prediction))
             for image, cam, place, prediction in zip(
                     batch, grad_cam(loaded.model, batch, called), places, called, strict=True):
                 name = f'{place:05}-{paths[place].stem[:80]}-{_file_name(names[prediction])}.png'
@@ -187,11 +186,11 @@ def explain(
             joined_before = {site: torch.cat(values).numpy() for site, values in gates_before.items() if values}
             profile = _profile(joined, joined_before, np.array(labels), names)
             _write_profile(work, profile, joined, joined_before, np.array(labels), names)
-    print(f'{len(labels)} overlays in {out / "cam"}')
+    print(f'{len(labels)} overlays in {output / "cam"}')
     if not sites:
         print(f'{model} has no attention of this package, so there is no excitation to show.')
     for site, row in list(profile.get('sites', {}).items())[:_SITES_SHOWN]:
-        print(f'{site}: separation {row["separation"]:.3f}, gates {row["mean"]:.3f} on average, '
+        print(f'{site}: eta squared {row["eta_squared"]:.3f}, gates {row["mean"]:.3f} on average, '
               f'{row["saturated"]} saturated and {row["dead"]} dead of {row["channels"]}')
     return profile
 
@@ -211,7 +210,7 @@ def _profile(
         labels: np.ndarray,
         names: Sequence[str],
 ) -> Dict[str, Any]:
-    """Sites from the one that separates classes best: share of the gates' variance that lies between classes."""
+    """Sites by eta squared, the share of a gate's variance that lies between classes, on average over the channels."""
     found: Dict[str, Any] = {}
     for site, values in gates.items():
         mean = values.mean(0)
@@ -219,8 +218,8 @@ def _profile(
         between = sum((labels == i).sum() * (values[labels == i].mean(0) - mean) ** 2 for i in np.unique(labels))
         share = np.divide(between, total, out=np.zeros_like(total), where=total > 1e-12)
         found[site] = {
-            'channels': len(mean), 'mean': float(mean.mean()), 'separation': float(share.mean()),
-            'best_channel': int(share.argmax()), 'best_separation': float(share.max()),
+            'channels': len(mean), 'mean': float(mean.mean()), 'eta_squared': float(share.mean()),
+            'best_channel': int(share.argmax()), 'best_eta_squared': float(share.max()),
             'saturated': int((mean > _SATURATED).sum()), 'dead': int((mean < _DEAD).sum())}
         if site in before:
             moved = mean - before[site].mean(0)
@@ -228,7 +227,7 @@ def _profile(
     return {
         'images': {names[i]: int((labels == i).sum()) for i in np.unique(labels)},
         'saturated_above': _SATURATED, 'dead_below': _DEAD,
-        'sites': dict(sorted(found.items(), key=lambda item: -item[1]['separation']))}
+        'sites': dict(sorted(found.items(), key=lambda item: -item[1]['eta_squared']))}
 
 
 def _write_profile(
