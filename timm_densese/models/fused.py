@@ -6,13 +6,13 @@ writes its features into one channels_last buffer, from which the next ones read
 The modules' parameters are all that there is. Each call reads them, and keeps nothing for the next.
 """
 import functools
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .plain import is_plain_conv, is_transformed
+from .plain import is_plain_conv, is_plain_module, is_transformed
 
 __all__ = ['FusedDenseBlock', 'NormConv', 'fold_after']
 
@@ -54,35 +54,12 @@ class NormConv(nn.Module):
         self.train(conv.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        writes = not torch.jit.is_scripting() and _can_write(x)
-        if writes:
-            scale, shift = self.scale.to(x.dtype)[:, None, None], self.shift.to(x.dtype)[:, None, None]
-            x = torch.addcmul(shift, x, scale).relu_()
-        else:
-            # As a batch norm: ONNX Runtime runs it faster than a product and a sum.
-            mean, var = torch.zeros_like(self.shift), torch.ones_like(self.scale)
-            x = F.relu(F.batch_norm(x, mean, var, self.scale, self.shift, False, 0., 0.))
+        # As a batch norm: ONNX Runtime runs it faster than a product and a sum.
+        mean, var = torch.zeros_like(self.shift), torch.ones_like(self.scale)
+        x = F.batch_norm(x, mean, var, self.scale, self.shift, False, 0., 0.).relu_()
         if self.pool:  # before the convolution, which has a quarter of the work then: the two commute
             x = F.avg_pool2d(x, 2)
-        if writes and _is_faster_as_product(x, self.conv):
-            return F.linear(x.permute(0, 2, 3, 1), self.conv.weight.flatten(1), self.conv.bias).permute(0, 3, 1, 2)
         return self.conv(x)
-
-
-@torch.jit.ignore
-def _can_write(x: torch.Tensor) -> bool:
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x))
-
-
-@torch.jit.ignore
-def _is_faster_as_product(x: torch.Tensor, conv: Any) -> bool:
-    """Tell whether to run a 1x1 convolution as a matrix product.
-
-    On a CPU, a convolution reorders its weights on every call. For few pixels that takes longer than what its kernel
-    is faster by.
-    """
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    return x.device.type == 'cpu' and pixels <= 1024 and is_plain_conv(conv, 1, bias=None)
 
 
 class _FusedLayer(nn.Module):
@@ -100,8 +77,8 @@ class _FusedLayer(nn.Module):
 class FusedDenseBlock(nn.Module):
     """A dense block for inference: running statistics are folded into its convolutions, dropout is gone.
 
-    Without a gradient it writes into a buffer. With one, and for compilers, exporters and transforms of torch.func, it
-    concatenates, which they differentiate or fuse themselves.
+    Without a gradient it writes into a buffer. With one, for compilers, exporters and transforms of torch.func, and
+    where a part of a layer is watched or changed, it calls its layers and concatenates.
 
     Args:
         layers: timm's dense layers, or those with an attention, all of one growth rate.
@@ -110,7 +87,6 @@ class FusedDenseBlock(nn.Module):
     def __init__(self, layers: List[Any]) -> None:
         super().__init__()
         self.layers = nn.ModuleList([_FusedLayer(layer) for layer in layers])
-        self.growth_rate = layers[0].conv2.out_channels
         self.train(layers[0].training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -122,31 +98,48 @@ class FusedDenseBlock(nn.Module):
         Returns:
             The features and those of all layers, (B, C + layers * growth_rate, H, W).
         """
-        buffer: Optional[torch.Tensor] = None
-        if not torch.jit.is_scripting() and _can_write(x):
-            buffer = self._create_buffer(x)
-            x = buffer[:, :x.shape[1]]
-        new_shape = [x.shape[0], self.growth_rate, x.shape[2], x.shape[3]]
+        if not torch.jit.is_scripting() and self._can_write(x):
+            return self._forward_buffer(x)
         for layer in self.layers:
-            new_features = layer(x)
-            if buffer is not None and new_features.shape == new_shape and new_features.dtype == x.dtype:
-                start, end = x.shape[1], x.shape[1] + self.growth_rate
-                buffer[:, start:end] = new_features
-                x = buffer[:, :end]
-            else:
-                buffer = None
-                x = torch.cat([x, new_features], 1)
+            x = torch.cat([x, layer(x)], 1)
         return x
 
     @torch.jit.ignore
-    def _create_buffer(self, x: torch.Tensor) -> torch.Tensor:
-        """Give a buffer for the block's features, with those that enter it."""
+    def _can_write(self, x: torch.Tensor) -> bool:
+        return (
+            not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x)
+            and all(is_plain_module(layer, _FusedLayer) and is_plain_module(layer.conv1, NormConv)
+                    and is_plain_conv(layer.conv1.conv, 1, bias=True) and is_plain_conv(layer.conv2, 3)
+                    for layer in self.layers))
+
+    @torch.jit.ignore
+    def _forward_buffer(self, x: torch.Tensor) -> torch.Tensor:
+        layers: List[Any] = list(self.layers)
+        end = x.shape[1]
+        batch_size, height, width, channels = (
+            x.shape[0], x.shape[2], x.shape[3], end + sum(layer.conv2.out_channels for layer in layers))
         if x.device.type == 'cpu':
             _keep_freed_memory()
-        channels = x.shape[1] + len(self.layers) * self.growth_rate
-        buffer = torch.empty(
-            (x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        buffer[:, :x.shape[1]] = x
+        pixels = torch.empty((batch_size * height * width, channels), dtype=x.dtype, device=x.device)
+        buffer = pixels.view(batch_size, height, width, channels).permute(0, 3, 1, 2)  # channels_last
+        buffer[:, :end] = x
+        # A convolution on a CPU reorders its weights on every call. For few pixels that takes longer than its kernel
+        # saves against that of a matrix product.
+        is_product = x.device.type == 'cpu' and len(pixels) <= 1024
+        for layer in layers:
+            norm_conv, conv = layer.conv1, layer.conv1.conv
+            scale, shift = norm_conv.scale, norm_conv.shift
+            if scale.dtype != x.dtype:  # autocast
+                scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+            y = torch.addcmul(shift, pixels.narrow(1, 0, end), scale).relu_()
+            if is_product:
+                y = F.linear(y, conv.weight.flatten(1), conv.bias).relu_()
+                y = y.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
+            else:
+                y = conv(y.view(batch_size, height, width, end).permute(0, 3, 1, 2)).relu_()
+            y = layer.se(layer.conv2(y))
+            start, end = end, end + y.shape[1]
+            buffer[:, start:end] = y
         return buffer
 
 

@@ -192,15 +192,27 @@ class _Features:
         channels = grad.shape[1]
         x_hat = self.x_hat[:, :channels]
         torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad)
-        stats = self.mean.dtype
-        grad_bias = grad.sum((0, 2, 3), dtype=stats)
-        grad_weight = torch.mul(grad, x_hat, out=out).sum((0, 2, 3), dtype=stats)
+        # In a batch norm's backward pass the two sums are one kernel, which needs a dense copy.
+        _, grad_weight, grad_bias = _norm_backward(
+            grad, out.copy_(x_hat), self.invstd[:channels].new_ones(channels), self.eps, [False, True, True])
         scale = _channels(weight, grad.dtype)
         if self.grad is None:  # that of the norm after the block, which reads all channels
             self.grad = torch.mul(grad, scale)
         else:
             self.grad[:, :channels].addcmul_(grad, scale)
         return grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
+
+
+def _norm_backward(
+        grad: torch.Tensor,
+        x_hat: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        mask: List[bool],
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give what `mask` asks for of the gradients of x, weight and bias of a batch norm, from what is normalised."""
+    zeros, ones = torch.zeros_like(weight), torch.ones_like(weight)
+    return torch.ops.aten.native_batch_norm_backward(grad, x_hat, weight, None, None, zeros, ones, True, eps, mask)
 
 
 def _channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -237,8 +249,7 @@ class _Append(Function):
         start, end = features.filled, features.filled + x.shape[1]
         # With a momentum of 1, the running statistics are the batch's.
         x_hat, _, invstd = torch.native_batch_norm(
-            x.to(features.mean.dtype), None, None, features.mean[start:end], features.var[start:end], True, 1.,
-            features.eps)
+            x, None, None, features.mean[start:end], features.var[start:end], True, 1., features.eps)
         features.x_hat[:, start:end] = x_hat
         features.invstd[start:end] = invstd
         features.filled = end
@@ -250,13 +261,11 @@ class _Append(Function):
     def backward(ctx: Any, grad_token: torch.Tensor) -> Any:
         features = ctx.features
         # Dense copies of the slices: the fused kernel needs them.
-        x_hat, grad = (t[:, ctx.start:ctx.end].to(features.mean.dtype).contiguous(memory_format=torch.channels_last)
+        x_hat, grad = (t[:, ctx.start:ctx.end].contiguous(memory_format=torch.channels_last)
                        for t in (features.x_hat, features.grad))
-        # x_hat has mean 0 and variance 1 already; its own scale goes in as the weight.
-        invstd = features.invstd[ctx.start:ctx.end]
-        grad_x, _, _ = torch.ops.aten.native_batch_norm_backward(
-            grad, x_hat, invstd, None, None, torch.zeros_like(invstd), torch.ones_like(invstd), True, features.eps,
-            [True, False, False])
+        # x_hat has mean 0 and variance 1 already; the scale that made it goes in as the weight.
+        grad_x, _, _ = _norm_backward(
+            grad, x_hat, features.invstd[ctx.start:ctx.end], features.eps, [True, False, False])
         if ctx.start == 0:  # the last to need them
             features.release()
         return torch.zeros_like(grad_token), grad_x.to(ctx.dtype), None
