@@ -14,7 +14,7 @@ from . import __version__
 from .errors import UserError
 
 # What commands import when they run -> the extra that brings it.
-_EXTRAS = {'sklearn': 'report', 'scipy': 'report', 'matplotlib': 'report', 'imagehash': 'report',
+_EXTRAS = {'sklearn': 'report', 'scipy': 'report', 'matplotlib': 'report', 'cv2': 'report', 'faiss': 'report',
            'pytorch_grad_cam': 'explain', 'gradio': 'serve'}
 
 
@@ -84,31 +84,35 @@ def _add_demo(commands: Any) -> None:
 def _add_data(commands: Any) -> None:
     def run_msld(args: argparse.Namespace) -> None:
         from .data.msld import download_msld
-        download_msld(args.out, **({'base_url': args.base_url} if args.base_url else {}))
+        download_msld(args.output, **({'base_url': args.base_url} if args.base_url else {}))
 
     def run_split(args: argparse.Namespace) -> None:
         from .data.splits import split_images
         split_images(
-            args.src, args.out, args.val, args.test, args.seed, args.folds, args.groups, args.group_regex, args.report)
+            args.src, args.output, args.val, args.test, args.seed, args.folds, args.groups, args.group_regex,
+            args.report, args.labels, args.keep_test, args.copy)
 
     parser = commands.add_parser('data', help='get and split image folders')
     actions = parser.add_subparsers(required=True, metavar='ACTION')
 
     msld = actions.add_parser('msld', help='download the monkeypox images (research only, never for diagnosis)')
-    msld.add_argument('--out', type=Path, required=True, help='folder to write to')
+    msld.add_argument('--output', type=Path, required=True, help='folder to write to')
     msld.add_argument('--base-url', help='a mirror of the source repository')
     msld.set_defaults(run=run_msld)
 
     split = actions.add_parser('split', help='split a folder of class folders, parting no patient and no copies')
     split.add_argument('src', type=Path, metavar='SRC', help='folder with a folder of images a class')
-    split.add_argument('--out', type=Path, required=True, help='folder to write train/, val/, test/ and split.csv to')
+    split.add_argument('--output', type=Path, required=True, help='folder to write train/, val/, test/, split.csv to')
     split.add_argument('--val', type=float, default=.1, help='share to validate on (%(default)s)')
     split.add_argument('--test', type=float, default=.2, help='share to test on (%(default)s)')
     split.add_argument('--seed', type=int, default=0, help='seed (%(default)s)')
     split.add_argument('--folds', type=int, help='write this many folds, each tested on its own share')
-    split.add_argument('--groups', type=Path, help='CSV with the columns file, and patient or group')
-    split.add_argument('--group-regex', help='pattern whose first group, in the file name, is the patient')
-    split.add_argument('--report', type=Path, help='picture to write of the images that look the same')
+    split.add_argument('--groups', type=Path, help='table with a column for the file, and one for the patient')
+    split.add_argument('--group-regex', help='pattern whose first group, in the path below the class, is the patient')
+    split.add_argument('--labels', type=Path, help='table with a column for the file, and one for the class')
+    split.add_argument('--keep-test', action='store_true', help='SRC has train/ and test/: keep test/, carve val')
+    split.add_argument('--copy', action='store_true', help='copy the files, where hard links share edits with SRC')
+    split.add_argument('--report', type=Path, help='picture to write of the images that show the same picture')
     split.set_defaults(run=run_split)
 
 
