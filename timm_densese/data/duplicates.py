@@ -2,7 +2,7 @@
 
 Four steps, each with its paper:
 
-1. SIFT describes up to 200 points of each image (Lowe 2004), compared as RootSIFT (Arandjelovic and Zisserman 2012).
+1. SIFT describes up to 300 points of each image (Lowe 2004), compared as RootSIFT (Arandjelovic and Zisserman 2012).
 2. An inverted file proposes: points that look alike vote for a pair of images, by how far one is turned and zoomed
    against the other (Jegou et al. 2008). An image asks as it is and mirrored.
 3. Geometry decides: matched points must agree on one affine map (RANSAC, Fischler and Bolles 1981). A match of two SIFT
@@ -17,8 +17,10 @@ everyone should know to improve object retrieval, CVPR 2012. Jegou, Douze and Sc
 geometric consistency, ECCV 2008. Fischler and Bolles, Random sample consensus, CACM 1981. Philbin et al., Object
 retrieval with large vocabularies and fast spatial matching, CVPR 2007.
 """
+import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ from .images import read_image
 __all__ = ['CopiesFound', 'Copy', 'find_copies']
 
 _SIDE = 256  # images are brought to this many pixels squared; other lengths below are in these pixels
-_POINTS = 200  # points kept of an image; the strongest half of them asks the index
+_POINTS, _ASKING = 300, 100  # points kept of an image; of these, the strongest, which ask the index
 _WINDOW = 33  # side of the square in which pixels are compared
 _TEXTURE = 3.  # grey levels of standard deviation in such a square, from which it has texture
 _NEIGHBOURS, _CANDIDATES, _VOTES = 10, 10, 3  # hits of a point; pairs tried of an image; votes that a pair needs
@@ -134,38 +136,51 @@ def find_copies(paths: Sequence[Path], *, known: Sequence[tuple[int, int]] = ())
         link(i, j)
     roots = [root(i) for i in range(len(paths))]
     firsts = sorted(set(roots))
-    with ProcessPoolExecutor() as pool:
-        described = pool.map(_describe, [paths[i] for i in firsts], chunksize=8)
+    pairs: list[Copy] = []
+    tried: set[tuple[int, int, bool]] = set()
+    with _one_opencv_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        described = pool.map(lambda i: _describe(paths[i]), firsts)
         features = dict(zip(firsts, tqdm(described, total=len(firsts), desc='local features', unit='image'),
                             strict=True))
-    textured = [i for i in firsts if not features[i].plain]
-    ranked = [[(textured[i], textured[j], mirrored) for i, j, mirrored in row]
-              for row in _propose([features[i] for i in textured])]
-
-    pairs, tried = [], set()
-    with ThreadPoolExecutor() as threads, tqdm(total=sum(map(len, ranked)), desc='copies', unit='pair') as progress:
-        for rank in range(_CANDIDATES):  # the likeliest of each image first: what they link need not be tried again
-            row = [candidates[rank] for candidates in ranked if rank < len(candidates)]
-            new = sorted({(i, j, m) for i, j, m in row if root(i) != root(j)} - tried)
-            tried.update(new)
-            inliers = threads.map(lambda c: _verify(features[c[0]], features[c[1]], c[2]), new)
-            for (i, j, mirrored), count in zip(new, inliers, strict=True):
-                if count and root(i) != root(j):
-                    pairs.append(Copy(i, j, count, mirrored))
-                    link(i, j)
-            progress.update(len(row))
+        textured = [i for i in firsts if not features[i].plain]
+        ranked = [[(textured[i], textured[j], mirrored) for i, j, mirrored in row]
+                  for row in _propose([features[i] for i in textured])]
+        with tqdm(total=sum(map(len, ranked)), desc='copies', unit='pair') as progress:
+            for rank in range(_CANDIDATES):  # the likeliest first: what these link need not be tried again
+                row = [candidates[rank] for candidates in ranked if rank < len(candidates)]
+                new = sorted({(i, j, m) for i, j, m in row if root(i) != root(j)} - tried)
+                tried.update(new)
+                inliers = pool.map(lambda pair: _verify(features[pair[0]], features[pair[1]], pair[2]), new)
+                for (i, j, mirrored), count in zip(new, inliers, strict=True):
+                    if count and root(i) != root(j):
+                        pairs.append(Copy(i, j, count, mirrored))
+                        link(i, j)
+                progress.update(len(row))
     return CopiesFound(sorted(pairs), [i for i, first in enumerate(roots) if features[first].plain])
 
 
+@contextmanager
+def _one_opencv_thread() -> Iterator[None]:
+    """Keep OpenCV from threads of its own: ours fill the cores, and a process forked later would wait for its for ever.
+
+    For that reason threads do the work and not processes; OpenCV and PIL let them run at the same time.
+    """
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
+
+
 def _describe(path: Path) -> _Features:
-    cv2.setNumThreads(1)  # the pool has a process for each core
     image = read_image(path).convert('L')
     zoom = _SIDE / (image.width * image.height) ** .5
     width, height = (min(max(round(side * zoom), _SIDE // 8), _SIDE * 8) for side in image.size)
     grey = cv2.resize(np.asarray(image), (width, height), interpolation=cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC)
     # Blurred, for the finest points are noise, which a copy does not share. Many weak points, for skin has no strong
     # ones; of these the large are the steadier.
-    points, descriptors = cv2.SIFT_create(1000, contrastThreshold=.01).detectAndCompute(_blur(grey), None)
+    points, descriptors = cv2.SIFT.create(1000, contrastThreshold=.01).detectAndCompute(_blur(grey), None)
     best = sorted(range(len(points)), key=lambda i: -points[i].response * points[i].size)[:_POINTS]
     table = np.array([(*points[i].pt, np.log2(points[i].size), np.radians(points[i].angle)) for i in best], np.float32)
     table = table.reshape(-1, 4)
@@ -215,7 +230,7 @@ def _propose(features: Sequence[_Features]) -> list[list[tuple[int, int, bool]]]
 
     votes: dict[tuple[int, int, bool], int] = {}
     for start in tqdm(range(0, len(features), 64), desc='candidates', unit='64 images'):
-        asking = np.concatenate([np.flatnonzero(owner == i)[:_POINTS // 2]
+        asking = np.concatenate([np.flatnonzero(owner == i)[:_ASKING]
                                  for i in range(start, min(start + 64, len(features)))])
         for mirrored in (False, True):
             order, direction = (_MIRROR, np.pi - turn[asking]) if mirrored else (slice(None), turn[asking])
@@ -270,7 +285,7 @@ def _verify(a: _Features, b: _Features, mirrored: bool) -> int:
     j = nearest[i]
     affine, inliers = _fit(a, b, i, j)
     # Of many matches more agree by chance (Brown and Lowe, IJCV 2007).
-    if affine is None or inliers < 4 + .1 * len(i):
+    if affine is None or inliers < max(4, 3 + .12 * len(i)):
         return 0
     return inliers if _same_pixels(a, b, mirrored, affine) else 0
 
@@ -304,7 +319,7 @@ def _fit(a: _Features, b: _Features, i: np.ndarray, j: np.ndarray) -> tuple[np.n
 
 def _same_pixels(a: _Features, b: _Features, mirrored: bool, affine: np.ndarray) -> bool:
     """Whether the images agree where they overlap under a map from `a`, mirrored if so, to `b`."""
-    x, y = (cv2.imdecode(f.grey, cv2.IMREAD_GRAYSCALE).astype(np.float32) for f in (a, b))
+    x, y = (np.asarray(cv2.imdecode(f.grey, cv2.IMREAD_GRAYSCALE), np.float32) for f in (a, b))
     if mirrored:
         x = np.ascontiguousarray(x[:, ::-1])
     size = y.shape[::-1]
