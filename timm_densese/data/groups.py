@@ -2,7 +2,7 @@
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
@@ -71,8 +71,9 @@ def group_images(images: Sequence[SplitImage]) -> Pairs:
     """Number the groups of images, and print what made them.
 
     Two images are of one group, transitively, if they are of one patient, have the same bytes, or show the same
-    picture by local features. Names propose copies: they decide only where a picture has too little texture for
-    features, and never against two known patients.
+    picture by local features. Names propose copies and pictures decide, about each way to name copies: where most of
+    its copies show the same picture, it is believed of all. Where a picture has too little texture for features, its
+    name decides. Names never join two known patients.
 
     Args:
         images: Images that can be read, with their SHA-256 and, where they are known, patients; their `group` is
@@ -95,9 +96,8 @@ def group_images(images: Sequence[SplitImage]) -> Pairs:
     _check_copied_classes(images, [*same_bytes, *pictures])
     plain = set(found.plain)
     proposed = _propose(images)
-    named = [
-        pair for members in proposed for pair in _anchor(members, plain)
-        if not _two_patients(images, pair)]
+    named = [pair for pair in _decide(proposed, plain, _components(len(images), [*same_bytes, *pictures]))
+             if not _two_patients(images, pair)]
 
     numbers = _components(len(images), [*same_patient, *same_bytes, *pictures, *named])
     for image, number in zip(images, numbers, strict=True):
@@ -119,7 +119,7 @@ def group_images(images: Sequence[SplitImage]) -> Pairs:
     _print_pairs('  WARNING: the same picture under two patients', images, [
         pair for pair in [*same_bytes, *pictures] if _two_patients(images, pair)])
     _print_pairs('  WARNING: copies by their names, but other pictures, so not linked; --groups joins them', images, [
-        (members[0], other) for members in proposed for other in members[1:]
+        (members[0], other) for sets in proposed.values() for members in sets for other in members[1:]
         if images[members[0]].group != images[other].group])
     return pictures
 
@@ -185,32 +185,45 @@ def _by_pattern(images: Sequence[SplitImage], src: Path, group_regex: str) -> Li
 # Names.
 
 
-def _propose(images: Sequence[SplitImage]) -> List[List[int]]:
-    """Images that are copies of one original by their names, first by first."""
+def _propose(images: Sequence[SplitImage]) -> Dict[str, List[List[int]]]:
+    """Images that are copies of one original by their names, for each way to name copies."""
     where = [(image.label, image.name.rpartition('/')[0]) for image in images]
     stems = [Path(image.name).stem for image in images]
     present = set(zip(where, stems, strict=True))
-    keys: Dict[Tuple[object, ...], List[int]] = defaultdict(list)
+    sets: Dict[str, Dict[Tuple[object, ...], List[int]]] = defaultdict(lambda: defaultdict(list))
     numbers: Dict[Tuple[object, ...], List[int]] = defaultdict(list)
     for i, (folder, stem) in enumerate(zip(where, stems, strict=True)):
+        word = _WORD.fullmatch(stem)
         if match := _ROBOFLOW.fullmatch(stem):
-            keys[folder, 'roboflow', match[1]].append(i)
-        elif (match := _WORD.fullmatch(stem)) and ((folder, match[1]) in present or re.search(r'\d', match[1])):
-            keys[folder, match[1]].append(i)
+            sets['Roboflow'][folder, match[1]].append(i)
+        elif word and ((folder, word[1]) in present or re.search(r'\d', word[1])):
+            sets['words'][folder, word[1]].append(i)
         else:
-            keys[folder, stem].append(i)
+            sets['words'][folder, stem].append(i)  # the original, if there are copies
             if match := _KERAS.fullmatch(stem):
-                keys[folder, match[1], match[2]].append(i)
+                sets['Keras'][folder, match[1], match[2]].append(i)
                 numbers[folder, match[1], match[2]].append(int(match[3]))
     # Keras's last number is drawn at random; numbers that run are shots, crops or patients.
     running = {key for key, values in numbers.items() if max(values) - min(values) < 4 * len(values)}
-    return sorted(members for key, members in keys.items() if len(members) > 1 and key not in running)
+    return {way: [members for key, members in found.items() if len(members) > 1 and key not in running]
+            for way, found in sets.items()}
 
 
-def _anchor(members: Sequence[int], plain: 'set[int]') -> Pairs:
-    """Link those without texture to one of the others, or to the first."""
-    anchor = next((i for i in members if i not in plain), members[0])
-    return [(min(anchor, i), max(anchor, i)) for i in members if i in plain and i != anchor]
+def _decide(proposed: Dict[str, List[List[int]]], plain: Set[int], shown: np.ndarray) -> Pairs:
+    """Links by names that the pictures, of the components `shown`, do not make already."""
+    pairs = []
+    for sets in proposed.values():
+        # One of those with texture stands for the original, and one of the largest component.
+        anchored = []
+        for members in sets:
+            sizes = Counter(shown[i] for i in members if i not in plain)
+            anchor = max((i for i in members), key=lambda i: (sizes[shown[i]], -i))
+            anchored.append((anchor, [i for i in members if i != anchor]))
+        told = [shown[i] == shown[anchor] for anchor, others in anchored for i in others if not {i, anchor} & plain]
+        believed = bool(told) and 2 * sum(told) >= len(told)
+        pairs += [(min(anchor, i), max(anchor, i)) for anchor, others in anchored for i in others
+                  if shown[i] != shown[anchor] and (believed or i in plain or anchor in plain)]
+    return pairs
 
 
 # Classes that are copies of others.

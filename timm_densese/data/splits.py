@@ -5,7 +5,7 @@ import re
 import shutil
 import unicodedata
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -168,8 +168,8 @@ def _read_one(path: Path) -> Tuple[str, str]:
 
 def _read(images: Sequence[SplitImage]) -> None:
     """Fill in each image's SHA-256 or error."""
-    with ProcessPoolExecutor() as pool:
-        results = pool.map(_read_one, [image.path for image in images], chunksize=32)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(_read_one, [image.path for image in images])
         progress = tqdm(results, total=len(images), desc='read', unit='image')
         for image, (digest, error) in zip(images, progress, strict=True):
             image.sha256, image.error = digest, error
