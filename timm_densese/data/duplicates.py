@@ -279,7 +279,8 @@ def _verify(a: _Features, b: _Features, mirrored: bool) -> int:
     """Points that agree on an affine map under which the pixels agree as well; 0 if these are two pictures."""
     if mirrored:
         a = _mirrored(a)
-    alike = a.descriptors.astype(np.float32) @ b.descriptors.astype(np.float32).T
+    alike = cv2.gemm(  # on this thread only, where NumPy would start its own
+        a.descriptors.astype(np.float32), b.descriptors.astype(np.float32), 1, None, 0, flags=cv2.GEMM_2_T)
     nearest = alike.argmax(1)
     i = np.flatnonzero(alike.argmax(0)[nearest] == np.arange(len(nearest)))  # each other's nearest
     j = nearest[i]
