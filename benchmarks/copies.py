@@ -5,9 +5,9 @@ RESULTS_LINE
     python benchmarks/copies.py                     # MSLD in ../shared/data/msld; without it, drawn pictures only
     python benchmarks/copies.py --growth            # seconds and peak memory of 1,000, 3,000 and 10,000 images
 
-Each picture gets three copies as Keras' ImageDataGenerator makes them: turned by up to 45 degrees, zoomed by 0.8 to 1.2,
-sheared, shifted, flipped, brightened, noisy, the edges filled with the nearest pixel, black or a reflection; half of
-them are saved as JPEG. The drawn families are made hard: different pictures share a ruler and dark corners
+Each picture gets three copies as Keras' ImageDataGenerator makes them: turned by up to 45 degrees, zoomed by 0.8 to
+1.2, sheared, shifted, flipped, brightened, noisy, the edges filled with the nearest pixel, black or a reflection;
+half of them are saved as JPEG. The drawn families are made hard: different pictures share a ruler and dark corners
 (dermoscopy), a heading and the lines (text), a composition (lesions) or a lattice (patterns).
 
 Recall is the share of images that are grouped with an image of the same original; images that find_copies calls plain,
@@ -39,6 +39,7 @@ from timm_densese.data.images import read_image
 
 COPIES, DRAWN, SIZES = 3, 100, (1_000, 3_000, 10_000)
 FILLS = (cv2.BORDER_REPLICATE, cv2.BORDER_CONSTANT, cv2.BORDER_REFLECT)
+WORDS = ('the', 'of', 'model', 'net', 'loss', 'layer', 'image', 'train', 'test', 'data', 'class', 'patient', 'score')
 # MSLD gives one picture to two patients here, seen by eye: no false pairs.
 SAME_PICTURE = {'NM110': 'NM68', 'NM32': 'NM28', 'NM12': 'NM04'}
 
@@ -78,7 +79,7 @@ def lesion(rng: np.random.Generator, size: int = 224) -> np.ndarray:
     v = ((y - cy) * np.cos(turn) - (x - cx) * np.sin(turn)) / r2
     border = 1 + sum(rng.normal(0, .12 / k) * np.cos(k * np.arctan2(v, u) + rng.uniform(0, 6.3)) for k in range(2, 7))
     inside = 1 / (1 + np.exp((u ** 2 + v ** 2 - border) * rng.uniform(3, 12)))[..., None]
-    skin, dark = (215, 165, 145) + rng.normal(0, 15, 3), (120, 75, 60) + rng.normal(0, 25, 3)
+    skin, dark = rng.normal((215, 165, 145), 15), rng.normal((120, 75, 60), 25)
     drawn = skin * (1 - inside) + (dark + 15 * noise(rng, size, 12)) * inside
     return finish(drawn + 5 * noise(rng, size, 40) + 10 * noise(rng, size, 3), rng, 3)
 
@@ -90,7 +91,8 @@ def dermoscopy(rng: np.random.Generator, size: int = 224) -> np.ndarray:
         p, q, r = rng.uniform(0, size, (3, 2))
         t = np.linspace(0, 1, 30)[:, None]
         curve = p * (1 - t) ** 2 + 2 * q * t * (1 - t) + r * t ** 2
-        cv2.polylines(image, [curve.round().astype(np.int32)], False, (60, 45, 40), int(rng.integers(1, 3)), cv2.LINE_AA)
+        curve = [curve.round().astype(np.int32)]
+        cv2.polylines(image, curve, False, (60, 45, 40), int(rng.integers(1, 3)), cv2.LINE_AA)
     for x in range(10, size, 10):
         cv2.line(image, (x, size - 20), (x, size - (8 if x % 50 else 2)), (30, 30, 30), 1)
     y, x = np.mgrid[:size, :size] / size - .5
@@ -99,7 +101,6 @@ def dermoscopy(rng: np.random.Generator, size: int = 224) -> np.ndarray:
 
 def text(rng: np.random.Generator, size: int = 224) -> np.ndarray:
     """A page of one form: logo, heading and lines are the same, the words are not."""
-    words = 'the of model net loss layer image train test data split class patient score mean rate dense block'.split()
     image = Image.new('RGB', (size, size), 'white')
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
     draw.rectangle((6, 6, 30, 30), fill=(20, 60, 140))
@@ -107,14 +108,14 @@ def text(rng: np.random.Generator, size: int = 224) -> np.ndarray:
     for top in range(38, size - 14, 14):
         line = ''
         while draw.textlength(line, font) < size - 60:
-            line += f'{rng.choice(words)} '
+            line += f'{rng.choice(WORDS)} '
         draw.text((8, top), line, (20, 20, 20), font)
     return np.array(image)
 
 
 def flat(rng: np.random.Generator, size: int = 224) -> np.ndarray:
     """One colour, a slope, or soft blobs."""
-    y, x = np.mgrid[:size, :size, None][:2] / size - .5
+    y, x = np.mgrid[:size, :size, :1][:2] / size - .5
     drawn = rng.uniform(40, 215, 3) + np.zeros((size, size, 3))
     kind = rng.integers(3)
     if kind == 1:
@@ -126,7 +127,8 @@ def flat(rng: np.random.Generator, size: int = 224) -> np.ndarray:
 
 def patterns(rng: np.random.Generator, size: int = 128) -> np.ndarray:
     """Stripes or spots, of which all are alike up to shift and zoom; only their noise tells them apart."""
-    y, x = np.mgrid[:size, :size, None][:2] / size * 2 * np.pi * rng.uniform(4, 9) + rng.uniform(0, 6.3, (2, 1, 1, 1))
+    angles = np.mgrid[:size, :size, :1][:2] / size * 2 * np.pi * rng.uniform(4, 9)
+    y, x = angles + rng.uniform(0, 6.3, (2, 1, 1, 1))
     wave = np.sin(x) * (np.sin(y) if rng.integers(2) else 1)
     return finish(128 + 60 * wave * rng.uniform(.3, 1, 3), rng, 30)
 
@@ -149,8 +151,8 @@ def write(folder: Path, originals: Iterator[np.ndarray], seed: int = 0) -> list[
     for i, original in enumerate(originals):
         for k in range(COPIES + 1):
             path = folder / f'{i:05}_{k}.{"jpg" if rng.integers(2) else "png"}'
-            image = augment(original, rng) if k else original
-            Image.fromarray(image).save(path, **({'quality': int(rng.integers(75, 96))} if path.suffix == '.jpg' else {}))
+            image = Image.fromarray(augment(original, rng) if k else original)
+            image.save(path, quality=int(rng.integers(75, 96)))  # PNG takes no notice of it
             paths.append(path)
     return paths
 

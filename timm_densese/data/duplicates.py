@@ -214,9 +214,10 @@ def _mirrored(f: _Features) -> _Features:
 
 def _propose(features: Sequence[_Features]) -> list[list[tuple[int, int, bool]]]:
     """For each image, the pairs that it is in for which most points vote, the likeliest first."""
-    owner = np.repeat(np.arange(len(features)), [len(f.descriptors) for f in features])
-    if not len(owner):
+    if not features:
         return []
+    ends = np.cumsum([len(f.descriptors) for f in features])
+    owner = np.repeat(np.arange(len(features)), np.diff(ends, prepend=0))
     descriptors = np.concatenate([f.descriptors for f in features])
     zoom, turn = np.concatenate([f.zoom for f in features]), np.concatenate([f.turn for f in features])
     lists = min(max(len(owner) // 500, 1), 4096)
@@ -229,9 +230,10 @@ def _propose(features: Sequence[_Features]) -> list[list[tuple[int, int, bool]]]
     index.nprobe = 8
 
     votes: dict[tuple[int, int, bool], int] = {}
-    for start in tqdm(range(0, len(features), 64), desc='candidates', unit='64 images'):
-        asking = np.concatenate([np.flatnonzero(owner == i)[:_ASKING]
-                                 for i in range(start, min(start + 64, len(features)))])
+    for start in tqdm(range(0, len(features), 64), desc='candidates', unit='block'):
+        block = features[start:start + 64]
+        asking = np.concatenate([np.arange(len(f.descriptors))[:_ASKING] + end - len(f.descriptors)
+                                 for f, end in zip(block, ends[start:], strict=False)])
         for mirrored in (False, True):
             order, direction = (_MIRROR, np.pi - turn[asking]) if mirrored else (slice(None), turn[asking])
             _, hits = index.search(descriptors[asking][:, order].astype(np.float32), _NEIGHBOURS)
@@ -279,7 +281,9 @@ def _verify(a: _Features, b: _Features, mirrored: bool) -> int:
     """Points that agree on an affine map under which the pixels agree as well; 0 if these are two pictures."""
     if mirrored:
         a = _mirrored(a)
-    alike = a.descriptors.astype(np.float32) @ b.descriptors.astype(np.float32).T
+    x, y = (f.descriptors.astype(np.float32) for f in (a, b))
+    # OpenCV's product stays on this thread, where NumPy would start its own.
+    alike = np.asarray(cv2.gemm(x, y, 1, np.empty((0, 0), np.float32), 0, flags=cv2.GEMM_2_T))
     nearest = alike.argmax(1)
     i = np.flatnonzero(alike.argmax(0)[nearest] == np.arange(len(nearest)))  # each other's nearest
     j = nearest[i]
