@@ -1,7 +1,10 @@
 """SE-DenseNet for timm. Importing this package registers the models with `timm.create_model`."""
-from .errors import CheckpointMismatchError
-from .models.attention import ATTN_LAYERS, GATE_LAYERS, add_attention
-from .models.se_densenet import SE_PLACEMENTS, SEDenseNet
+from .errors import CheckpointMismatchError, check_timm
+
+check_timm()  # before anything of it is imported, which an older one lacks
+
+from .models.attention import ATTN_LAYERS, GATE_LAYERS, add_attention  # noqa: E402
+from .models.se_densenet import SE_PLACEMENTS, SEDenseNet  # noqa: E402
 
 __version__ = '0.1.0'
 

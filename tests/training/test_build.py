@@ -90,7 +90,8 @@ def test_publish_told_the_wrong_model_says_what_does_not_fit(another, tmp_path):
     shutil.copytree(another.parent, tmp_path / 'run')
     args = yaml.safe_load((another.parent / 'args.yaml').read_text())
     (tmp_path / 'run' / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': 'se_densenet169'}))
-    assert main(['publish', str(tmp_path / 'run' / 'last.pth.tar'), 'owner/name', '--to', str(tmp_path / 'out')]) == 1
+    checkpoint = str(tmp_path / 'run' / 'last.pth.tar')
+    assert main(['publish', checkpoint, 'owner/name', '--output', str(tmp_path / 'out')]) == 1
 
 
 @pytest.mark.parametrize(('options', 'message'), [
@@ -126,8 +127,14 @@ def test_a_transformer_trains_at_the_size_that_is_asked_for(small_split, tmp_pat
 
 
 @pytest.mark.parametrize('options', [
-    dict(sched='step', decay_epochs=1), dict(sched='multistep', decay_milestones=[2]), dict(sched='tanh'),
-    dict(sched='poly', decay_rate=2.), dict(sched='wsd'), dict(sched='rsqrt', warmup_epochs=1, decay_epochs=1), dict(sched='constant')])
+    dict(sched='step', decay_epochs=1),
+    dict(sched='multistep', decay_milestones=[2]),
+    dict(sched='tanh'),
+    dict(sched='poly', decay_rate=2.),
+    dict(sched='wsd'),
+    dict(sched='rsqrt', warmup_epochs=1, decay_epochs=1),
+    dict(sched='constant'),
+])
 def test_schedules(small_split, tmp_path, options):
     run_training(small_split, tmp_path, **{'epochs': 3, 'warmup_epochs': 0, 'warmup_lr': .02, 'lr': .01, **options})
     rates = [row['lr'] for row in read_summary(tmp_path)]
