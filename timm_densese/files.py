@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Type, Union
 
-from .errors import UserError
+from .errors import OptionError, UserError
 
-__all__ = ['check_new_folder', 'new_folder', 'printable', 'replace_file', 'sha256']
+__all__ = [
+    'check_new_file', 'check_new_folder', 'check_writable', 'new_folder', 'printable', 'replace_file', 'sha256',
+]
 
 
 def check_new_folder(out: Path, option: str, error: Type[UserError] = UserError) -> None:
@@ -25,35 +27,39 @@ def check_new_folder(out: Path, option: str, error: Type[UserError] = UserError)
             raise error(f'{out} exists and is not empty. Remove it or choose another {option}.')
     elif os.path.lexists(out):
         raise error(f'{out} is a file, or a link to nothing. Choose another {option}.')
-    check_writable(out, option, error)
+    check_writable(out, option)
 
 
-def check_writable(path: Path, option: str, error: Type[UserError] = UserError) -> None:
+def check_writable(path: Path, option: str) -> None:
     """Refuse a file or folder that could not be written, before there is work to lose.
 
     Args:
         path: File or folder that is to be written, with the folders above it that are missing.
         option: The option that named it, for the message.
-        error: Class of the error to raise.
+
+    Raises:
+        OptionError: It cannot be written.
     """
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if there != path and not there.is_dir():
-        raise error(f'{option} {path}: {there} is a file, not a folder.')
+        raise OptionError(f'{option} {path}: {there} is a file, not a folder.')
     if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
-        raise error(f'{option} {path}: {there} cannot be written. Choose another {option}.')
+        raise OptionError(f'{option} {path}: {there} cannot be written. Choose another {option}.')
 
 
-def check_new_file(file: Path, option: str, error: Type[UserError] = UserError) -> None:
+def check_new_file(file: Path, option: str) -> None:
     """Refuse a file that could not be written; one that is there may be replaced.
 
     Args:
         file: File that is to be written.
         option: The option that named it, for the message.
-        error: Class of the error to raise.
+
+    Raises:
+        OptionError: It cannot be written.
     """
     if file.is_dir():
-        raise error(f'{option} {file} is a folder: give a file.')
-    check_writable(file, option, error)
+        raise OptionError(f'{option} {file} is a folder: give a file.')
+    check_writable(file.parent, option)
 
 
 @contextmanager

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from conftest import SMALL_RUN, load_saved, read_summary, run_cli, run_training
 
-from timm_densese.checkpoints import load_checkpoint
 from timm_densese.cli import main
 from timm_densese.errors import CheckpointMismatchError, OptionError, TrainingError
 from timm_densese.training import TrainConfig, train
@@ -122,8 +122,9 @@ def test_a_transformer_trains_at_the_size_that_is_asked_for(small_split, tmp_pat
     run_training(small_split, tmp_path, model='vit_tiny_patch16_224', model_kwargs=dict(depth=1), img_size=64)
     args = yaml.safe_load((tmp_path / 'args.yaml').read_text())
     assert (args['model_kwargs'], args['input_size']) == ({'depth': 1, 'img_size': 64}, [3, 64, 64])
-    found = load_checkpoint(tmp_path / 'last.pth.tar')
-    assert found.model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+    model = timm.create_model(args['model'], num_classes=2, checkpoint_path=str(tmp_path / 'last.pth.tar'),
+                              **args['model_kwargs'])
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
 
 
 @pytest.mark.parametrize('options', [
