@@ -121,9 +121,10 @@ def test_options_that_are_refused(small_split, tmp_path, options, message):
 def test_a_transformer_trains_at_the_size_that_is_asked_for(small_split, tmp_path):
     run_training(small_split, tmp_path, model='vit_tiny_patch16_224', model_kwargs=dict(depth=1), img_size=64)
     args = yaml.safe_load((tmp_path / 'args.yaml').read_text())
-    assert (args['model_kwargs'], args['input_size']) == ({'depth': 1, 'img_size': 64}, [3, 64, 64])
-    model = timm.create_model(args['model'], num_classes=2, checkpoint_path=str(tmp_path / 'last.pth.tar'),
-                              **args['model_kwargs'])
+    assert args['input_size'] == [3, 64, 64]
+    assert args['model_args'].pop('num_classes') == 2
+    model = timm.create_model(args['architecture'], num_classes=2, checkpoint_path=str(tmp_path / 'last.pth.tar'),
+                              **args['model_args'])
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
 
 

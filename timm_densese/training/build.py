@@ -121,8 +121,7 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
             updates_per_epoch=_updates_per_epoch(config, train_loader))
     recorded = {
         **asdict(config), **made_of, 'num_classes': len(classes), 'class_names': classes,
-        **{k: list(data_config[k]) for k in ('input_size', 'mean', 'std')},
-        **{k: data_config[k] for k in ('interpolation', 'crop_pct', 'crop_mode')}}
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in data_config.items()}}
     return Run(config, device, world, rank, classes, data_config, recorded, task, optimizer, scheduler, train_loader,
                val_loader, start_epoch)
 

@@ -13,7 +13,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_
 from huggingface_hub.errors import HfHubHTTPError
 from timm.data import resolve_data_config
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
-from timm.models import load_checkpoint
+from timm.models import get_model_args, load_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
@@ -33,8 +33,8 @@ def create_model(config: TrainConfig, num_classes: int) -> Tuple[Any, Dict[str, 
         num_classes: Number of classes.
 
     Returns:
-        The model, its preprocessing, and what makes it again without the options' `hf-hub:` or `--img-size`: `model`
-        and `model_kwargs`.
+        The model, its preprocessing, and what makes it again where a name such as `hf-hub:...` does not: `architecture`
+        and `model_args`.
 
     Raises:
         OptionError: timm does not build it, or cannot read a file of weights.
@@ -58,17 +58,20 @@ def create_model(config: TrainConfig, num_classes: int) -> Tuple[Any, Dict[str, 
         with option_errors(f'--initial-checkpoint {config.initial_checkpoint}'):
             load_checkpoint(model, config.initial_checkpoint)
 
-    made_of: Dict[str, Any] = {'model': config.model, 'model_kwargs': dict(config.model_kwargs)}
-    if ':' in config.model:
-        made_of['model'] = model.pretrained_cfg['architecture']
-        made_of['model_kwargs'] = {
-            k: v for k, v in model._model_args.items() if k not in ('num_classes', 'drop_rate')}
+    made_of = {'architecture': model.pretrained_cfg['architecture'], 'model_args': _plain(get_model_args(model))}
     if config.img_size and hasattr(model, 'set_input_size'):  # as transformers have it
         with option_errors(f'--img-size {config.img_size}'):
             model.set_input_size(img_size=config.img_size)
-        made_of['model_kwargs']['img_size'] = config.img_size
+        made_of['model_args']['img_size'] = config.img_size
     size = config.img_size or config.model_kwargs.get('img_size')
     return model, resolve_data_config({'img_size': size} if size else {}, model=model), made_of
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which YAML has."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _given(config: TrainConfig) -> str:
