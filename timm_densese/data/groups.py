@@ -158,7 +158,8 @@ def _recognise_msld(images: Sequence[SplitImage]) -> None:
     if is_msld(image.sha256 for image in images):
         known = msld_patients()
         for image in images:
-            image.patient = known.get(image.sha256, '')
+            patients = known.get(image.sha256, {'': ''})
+            image.patient = patients.get(image.path.name) or min(patients.values())
         print('patients: MSLD was recognised by the hashes of its images, and its manifest tells them')
         return
     alike = [image.path.name for image in images if re.search(MSLD_PATIENT, image.path.name)]

@@ -51,9 +51,12 @@ def _manifest() -> List[Dict[str, str]]:
     return list(csv.DictReader(text.splitlines()))
 
 
-def msld_patients() -> Dict[str, str]:
-    """Give the patient of each of MSLD's originals, by the SHA-256 of the file."""
-    return {row['sha256']: row['patient'] for row in _manifest()}
+def msld_patients() -> Dict[str, Dict[str, str]]:
+    """Give the patients of MSLD's originals, by the SHA-256 and the name of the file: two share one picture."""
+    patients: Dict[str, Dict[str, str]] = {}
+    for row in _manifest():
+        patients.setdefault(row['sha256'], {})[Path(row['file']).name] = row['patient']
+    return patients
 
 
 def is_msld(hashes: Iterable[str]) -> bool:
