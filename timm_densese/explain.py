@@ -9,7 +9,7 @@ import csv
 import json
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -116,7 +116,7 @@ def read_gates(model: Any, images: torch.Tensor) -> Dict[str, torch.Tensor]:
 
 
 def explain(
-        model: str,
+        model: Union[str, Checkpoint],
         images: Sequence[str],
         output: Path,
         before: str = '',
@@ -151,7 +151,7 @@ def explain(
     earlier = load_model(before, device) if before else None
     sites = list(getattr(loaded.model, 'attn_sites', {}))
     if earlier and list(getattr(earlier.model, 'attn_sites', {})) != sites:
-        raise ImagesError(f'{before} has its attention in other places than {model}.')
+        raise ImagesError(f'{before} has its attention in other places than {loaded.source}.')
     names = loaded.class_names
 
     with new_folder(output) as work:
@@ -188,7 +188,7 @@ def explain(
             _write_profile(work, profile, joined, joined_before, np.array(labels), names)
     print(f'{len(labels)} overlays in {output / "cam"}')
     if not sites:
-        print(f'{model} has no attention of this package, so there is no excitation to show.')
+        print(f'{loaded.source} has no attention of this package, so there is no excitation to show.')
     for site, row in list(profile.get('sites', {}).items())[:_SITES_SHOWN]:
         print(f'{site}: eta squared {row["eta_squared"]:.3f}, gates {row["mean"]:.3f} on average, '
               f'{row["saturated"]} saturated and {row["dead"]} dead of {row["channels"]}')

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from timm.models import get_model_args, get_model_input_config
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
@@ -39,6 +40,8 @@ class Run:
         world: Number of processes.
         rank: Number of this one.
         classes: Names of the classes.
+        architecture: Registered name of the model, which a name such as hf-hub:... stands for.
+        model_args: Arguments that make it anew.
         data_config: Preprocessing: input_size (C, H, W), mean, std, interpolation, ...
         task: Model, averaged model and loss.
         optimizer: Optimizer.
@@ -52,6 +55,8 @@ class Run:
     world: int
     rank: int
     classes: List[str]
+    architecture: str
+    model_args: Dict[str, Any]
     data_config: Dict[str, Any]
     task: ClassificationTask
     optimizer: torch.optim.Optimizer
@@ -92,6 +97,11 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
 
     random_seed(config.seed)
     model = _create_model(config, len(classes))
+    architecture, model_args = model.pretrained_cfg['architecture'], _plain(get_model_args(model))
+    if (channels := get_model_input_config(model)['input_size'][0]) != 3:
+        raise TrainingError(
+            f'{config.model} takes {channels} channels, and images are trained on in 3: leave out in_chans. A grey '
+            f'picture is read as three equal channels.')
     data_config = resolve_data_config({'img_size': config.img_size} if config.img_size else {}, model=model)
     _place_model(config, model, device, world)
 
@@ -115,8 +125,15 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
         optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
         warmup_lr=config.warmup_lr, min_lr=config.min_lr, step_on_epochs=False,
         updates_per_epoch=_updates_per_epoch(config, train_loader))
-    return Run(config, device, world, rank, classes, data_config, task, optimizer, scheduler, train_loader, val_loader,
-               start_epoch)
+    return Run(config, device, world, rank, classes, architecture, model_args, data_config, task, optimizer, scheduler,
+               train_loader, val_loader, start_epoch)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which YAML has."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _updates_per_epoch(config: TrainConfig, loader: DataLoader) -> int:

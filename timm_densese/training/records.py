@@ -48,11 +48,13 @@ class Records:
         self._metric = config.eval_metric
         self.best = self._best_before(run.start_epoch) if config.resume else None
 
-        options = asdict(config)
+        # Also in each checkpoint: all that rebuilds the model where nothing lies beside it, and names its classes.
+        options = {
+            **asdict(config), 'architecture': run.architecture, 'model_args': run.model_args,
+            'num_classes': len(run.classes), 'class_names': run.classes,
+            **{k: list(v) if isinstance(v, tuple) else v for k, v in run.data_config.items()}}
         with self._writing('args.yaml'):
-            replace_file(self.output / 'args.yaml', yaml.safe_dump({
-                **options, 'num_classes': len(run.classes), 'class_names': run.classes,
-                **{k: list(run.data_config[k]) for k in ('input_size', 'mean', 'std')}}, sort_keys=False))
+            replace_file(self.output / 'args.yaml', yaml.safe_dump(options, sort_keys=False))
         self._saver = CheckpointSaver(
             run.task.get_eval_model(ema=False), run.optimizer, argparse.Namespace(**options),
             checkpoint_dir=config.output, decreasing=self._metric == 'loss', max_history=1, task=run.task)
