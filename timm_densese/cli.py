@@ -202,9 +202,11 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_explain(commands: Any) -> None:
-    def run(args: argparse.Namespace) -> None:
+    def run(args: argparse.Namespace) -> int:
         from .explain import explain
-        explain(model=_load_model(args), images=args.images, output=args.output, before=args.before, device=args.device)
+        explained = explain(
+            model=_load_model(args), images=args.images, output=args.output, before=args.before, device=args.device)
+        return min(1, len(explained['unreadable']))
 
     parser = commands.add_parser('explain', help='draw Grad-CAM overlays and what the gates do')
     _add_model(parser)

@@ -54,14 +54,15 @@ def create_page(model: Union[str, Checkpoint], calibration: Optional[Path] = Non
                 pixels = opened.width * opened.height
             if pixels > 1e6 * MAX_MEGAPIXELS:
                 raise gr.Error(f'This image has {pixels / 1e6:.0f} megapixels; at most {MAX_MEGAPIXELS} are read.')
-            image = transform(read_image(file))[None].to(loaded.device)
+            photo = read_image(file)
+            image = transform(photo)[None].to(loaded.device)
         except gr.Error:
             raise
         except Exception as e:  # PIL's decoders raise whatever they meet
             raise gr.Error(f'This file cannot be read as an image ({type(e).__name__}: {e}).') from e
         with torch.inference_mode():
             probabilities = (net(image).float() / temperature).softmax(1)[0].tolist()
-        cam = overlay(image[0], grad_cam(net, image)[0], loaded.data_config)
+        cam = overlay(photo, grad_cam(net, image)[0], loaded.data_config)
         figure = None
         if has_gates:
             gates = read_gates(net, image)
