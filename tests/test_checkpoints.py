@@ -19,7 +19,7 @@ from timm_densese.errors import (
     CheckpointMismatchError,
     ImagesError,
     MetricsError,
-    TrainingError,
+    OptionError,
     UserError,
 )
 from timm_densese.evaluate import evaluate
@@ -146,11 +146,11 @@ def test_models_of_a_module_of_the_users(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', list(sys.path))
     assert run_cli('predict', 'a.pth', 'a.png').returncode == 1
-    result = run_cli('predict', 'a.pth', 'a.png', '--modules', 'my_nets', '--json')
+    result = run_cli('predict', 'a.pth', 'a.png', '--device-modules', 'my_nets', '--json')
     assert result.returncode == 0, result.stderr
     assert 'Monkeypox' in result.stdout
-    result = run_cli('predict', 'a.pth', 'a.png', '--modules', 'no_such_nets')
-    assert '--modules no_such_nets cannot be imported' in result.stderr
+    result = run_cli('predict', 'a.pth', 'a.png', '--device-modules', 'no_such_nets')
+    assert "'no_such_nets' cannot be imported" in result.stderr
 
 
 def test_grey(tmp_path):
@@ -173,7 +173,7 @@ def test_grey(tmp_path):
 
 
 def test_training_refuses_what_it_could_not_feed(small_split, tmp_path):
-    with pytest.raises(TrainingError, match='takes 1 channels'):
+    with pytest.raises(OptionError, match='takes 1 channels'):
         run_training(small_split, tmp_path / 'run', model_kwargs=dict(SMALL, in_chans=1))
     assert not (tmp_path / 'run').exists()
 

@@ -195,7 +195,7 @@ def _check_registered(name: str) -> None:
         hint = f' Is it {" or ".join(close)}?'
     raise ModelNotFoundError(
         f'{name} is no file and no model.{hint} Give a checkpoint, hf-hub:OWNER/NAME, local-dir:DIR, or a name such '
-        f'as those of `timm-densese models`. A model of a module of your own needs --modules.')
+        f'as those of `timm-densese models`. A model of a module of your own needs --device-modules.')
 
 
 # A file.
@@ -275,7 +275,7 @@ def _find_architecture(file: Path, name: str) -> Any:
         raise CheckpointError(
             f'Which model is {file}? It says {name or "nothing"!r}. Keep it beside its run\'s args.yaml, or give '
             f'--model se_densenet121 or another name of timm.list_models(). A model of a module of your own needs '
-            f'--modules.')
+            f'--device-modules.')
     return name, args or {}
 
 

@@ -1,4 +1,5 @@
 """What a user can put right: a class for each cause, and a message that says what was found and what to do."""
+import errno
 import importlib.util
 import re
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ __all__ = [
     'MetricsError',
     'ModelConfigError',
     'ModelNotFoundError',
+    'OptionError',
     'PublishError',
     'ScriptError',
     'SplitError',
@@ -85,6 +87,10 @@ class ModelConfigError(CheckpointError):
 
 class ModelNotFoundError(CheckpointError):
     """What was named is no checkpoint, repository, folder or registered model."""
+
+
+class OptionError(UserError, ValueError):
+    """An option's value cannot be used; nothing was started."""
 
 
 class ImagesError(UserError, ValueError):
@@ -200,8 +206,19 @@ def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
     except (_TRANSPORT_ERROR, OSError) as e:
         if isinstance(e, FileNotFoundError):
             raise
-        advice = 'The connection broke and several attempts failed. Nothing half-sent or half-read is used: run again.'
+        advice = _cache_advice(e) or (
+            'The connection broke and several attempts failed. Nothing half-sent or half-read is used: run again.')
         raise _hub_error(e, repo_id, doing, advice) from e
+
+
+def _cache_advice(error: Exception) -> str:
+    """What to do where a file could not be written, empty where that is not what went wrong."""
+    code = getattr(error, 'errno', None)
+    if code not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        return ''
+    wrong = 'is full' if code in (errno.ENOSPC, errno.EDQUOT) else 'cannot be written'
+    return (f'The cache {constants.HF_HUB_CACHE} {wrong}: make room or give the right to write there, or set HF_HOME '
+            f'to another folder.')
 
 
 def _hub_error(error: Exception, repo_id: str, doing: str, advice: str) -> HubError:
