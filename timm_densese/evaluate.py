@@ -84,17 +84,19 @@ def evaluate(
         warnings.append(f'{len(scored.unreadable)} images could not be read and are not scored.')
 
     temperature, left_out = None, 'there is no val/ to fit one on'
-    if split != 'val' and (data / 'val').is_dir():
-        validation = _run_split(loaded, data, 'val', classes, batch_size, workers)
+    val = next((name for name in ('val', str(loaded.recipe.get('val_split') or '')) if (data / name).is_dir()), '')
+    if val and val != split:
+        validation = _run_split(loaded, data, val, classes, batch_size, workers)
         shared = set(validation.hashes) & set(scored.hashes)
         if shared:
-            warnings.append(f'{len(shared)} of the images are in val/, too, on which the temperature was fitted.')
+            warnings.append(f'{len(shared)} of the images are in {val}/, too, on which the temperature was fitted.')
         temperature, left_out = choose_temperature(validation.logits, validation.labels)
     if temperature is None:
         warnings.append(f'No temperature is used, and calibration is measured and not mended: {left_out}.')
 
     probabilities = softmax(scored.logits)
     calibrated = None if temperature is None else softmax(scored.logits / temperature)
+    shown = probabilities if calibrated is None else calibrated
     samples = bootstrap(scored.groups, resamples, seed)
 
     def measure(weights: Optional[np.ndarray]) -> Scores:
@@ -119,9 +121,7 @@ def evaluate(
         'predictions': [
             {'file': str(path.relative_to(data)), 'label': classes[label], 'group': int(group),
              'probabilities': dict(zip(classes, map(float, p), strict=True))}
-            for path, label, group, p in zip(
-                scored.paths, scored.labels, scored.groups, probabilities if calibrated is None else calibrated,
-                strict=True)],
+            for path, label, group, p in zip(scored.paths, scored.labels, scored.groups, shown, strict=True)],
     }
     if compare:
         other = load_model(compare, device)
@@ -138,7 +138,7 @@ def evaluate(
         for name, content in figures.items():
             (work / name).write_bytes(content)
         write_metrics(work / 'metrics.json', results)
-        write_page(work / 'report.html', results, figures, scored.paths, scored.labels, probabilities)
+        write_page(work / 'report.html', results, figures, scored.paths, scored.labels, shown)
     _print(results, output)
     return results
 
