@@ -174,15 +174,38 @@ def _add_run(commands: Any) -> None:
 
 
 def _add_model(parser: Any) -> None:
-    parser.add_argument('model', metavar='MODEL', help='checkpoint, hf-hub:OWNER/NAME, local-dir:DIR, or a name')
+    parser.add_argument('of', metavar='MODEL', help='checkpoint, hf-hub:OWNER/NAME, local-dir:DIR, or a name')
     parser.add_argument('--device', type=options.Device(), default='',
                         help='device (default: cuda where there is one, else cpu)')
+    _add_what_a_file_lacks(parser)
+
+
+def _add_what_a_file_lacks(parser: Any) -> None:
+    parser.add_argument('--model', default='', help="name of a checkpoint's model, if its file does not say")
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=_KeywordArguments, metavar='NAME=VALUE',
+                        help='arguments of the model, over those that the run recorded')
+    parser.add_argument('--class-names', nargs='+', metavar='NAME',
+                        help='classes in the order of the outputs, or a file with one a line, if the model has none')
     _add_device_modules(parser)
 
 
 def _add_device_modules(parser: Any) -> None:
     parser.add_argument('--device-modules', nargs='+', metavar='MODULE',
                         help='modules to import, with models of your own')
+
+
+def _load_model(args: argparse.Namespace) -> Any:
+    from .checkpoints import load_model
+
+    return load_model(of=args.of, device=args.device, architecture=args.model, model_kwargs=args.model_kwargs,
+                      class_names=_class_names(args))
+
+
+def _class_names(args: argparse.Namespace) -> Optional[List[str]]:
+    names = args.class_names
+    if names and len(names) == 1 and Path(names[0]).is_file():
+        return Path(names[0]).read_text(encoding='utf-8').splitlines()
+    return names
 
 
 def _add_batches(parser: Any) -> None:
@@ -194,7 +217,7 @@ def _add_batches(parser: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .evaluate import evaluate
-        evaluate(model=args.model, data=args.data, output=args.output, split=args.split, compare=args.compare,
+        evaluate(model=_load_model(args), data=args.data, output=args.output, split=args.split, compare=args.compare,
                  device=args.device, batch_size=args.batch_size, workers=args.workers, seed=args.seed)
 
     parser = commands.add_parser('evaluate', help='score a model, with intervals by patient, and write a report')
@@ -209,9 +232,11 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_explain(commands: Any) -> None:
-    def run(args: argparse.Namespace) -> None:
+    def run(args: argparse.Namespace) -> int:
         from .explain import explain
-        explain(model=args.model, images=args.images, output=args.output, before=args.before, device=args.device)
+        explained = explain(
+            model=_load_model(args), images=args.images, output=args.output, before=args.before, device=args.device)
+        return min(1, len(explained['unreadable']))
 
     parser = commands.add_parser('explain', help='draw Grad-CAM overlays and what the gates do')
     _add_model(parser)
@@ -225,8 +250,8 @@ def _add_predict(commands: Any) -> None:
     def run(args: argparse.Namespace) -> int:
         from .predict import predict_files
         return min(1, predict_files(
-            model=args.model, images=args.images, top_k=args.top_k, calibration=args.calibration, as_json=args.json,
-            output=args.output, device=args.device, batch_size=args.batch_size, workers=args.workers))
+            model=_load_model(args), images=args.images, top_k=args.top_k, calibration=args.calibration,
+            as_json=args.json, output=args.output, batch_size=args.batch_size, workers=args.workers))
 
     parser = commands.add_parser('predict', help='print the most probable classes of images')
     _add_model(parser)
@@ -246,7 +271,7 @@ def _add_calibration(parser: Any) -> None:
 def _add_serve(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .serve import serve
-        serve(model=args.model, calibration=args.calibration, device=args.device, port=args.port)
+        serve(model=_load_model(args), calibration=args.calibration, device=args.device, port=args.port)
 
     parser = commands.add_parser('serve', help='open a local web page to try a model')
     _add_model(parser)
@@ -257,10 +282,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def _add_checkpoint_options(parser: Any) -> None:
-    _add_device_modules(parser)
-    parser.add_argument('--model', default='', help="name of the model (default: the checkpoint's)")
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=_KeywordArguments, metavar='NAME=VALUE',
-                        help='arguments of the model, over those that the run recorded')
+    _add_what_a_file_lacks(parser)
     parser.add_argument('--metrics', type=Path, metavar='JSON', help='measured results')
     parser.add_argument('--data', type=Path, metavar='DIR', help='folder that it was trained on, for the class names')
 
@@ -272,8 +294,8 @@ def _add_publish(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .publish import publish
         publish(checkpoint=args.checkpoint, repo_id=args.repo, model=args.model, model_kwargs=args.model_kwargs,
-                metrics=args.metrics, data=args.data, private=args.private, revision=args.revision, create_pr=args.pr,
-                output=args.output, confirm=confirm)
+                metrics=args.metrics, data=args.data, class_names=_class_names(args), private=args.private,
+                revision=args.revision, create_pr=args.pr, output=args.output, confirm=confirm)
 
     parser = commands.add_parser('publish', help='push a checkpoint to the Hugging Face Hub, with a model card')
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='OUTPUT/model_best.pth.tar, for example')
@@ -290,7 +312,7 @@ def _add_card(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .publish import write_card
         write_card(of=args.of, repo_id=args.repo, model=args.model, model_kwargs=args.model_kwargs,
-                   metrics=args.metrics, data=args.data, output=args.output)
+                   metrics=args.metrics, data=args.data, class_names=_class_names(args), output=args.output)
 
     parser = commands.add_parser('card', help='make the model card of a registered model or of a checkpoint')
     parser.add_argument('of', metavar='MODEL|CHECKPOINT', help='se_densenet121, or OUTPUT/model_best.pth.tar')
