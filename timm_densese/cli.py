@@ -14,8 +14,7 @@ from . import __version__, options
 from .errors import OptionError, UserError
 
 # What commands import when they run -> the extra that brings it.
-_EXTRAS = {'sklearn': 'report', 'scipy': 'report', 'matplotlib': 'report', 'imagehash': 'report', 'cv2': 'report',
-           'faiss': 'report',
+_EXTRAS = {'sklearn': 'report', 'scipy': 'report', 'matplotlib': 'report', 'cv2': 'report', 'faiss': 'report',
            'pytorch_grad_cam': 'explain', 'gradio': 'serve'}
 
 _COUNT = options.Number(int, least=1)
@@ -127,13 +126,14 @@ def _add_demo(commands: Any) -> None:
 def _add_data(commands: Any) -> None:
     def run_msld(args: argparse.Namespace) -> None:
         from .data.msld import download_msld
-        download_msld(out=args.output, **({'base_url': args.base_url} if args.base_url else {}))
+        download_msld(args.output, **({'base_url': args.base_url} if args.base_url else {}))
 
     def run_split(args: argparse.Namespace) -> None:
         from .data.splits import split_images
         split_images(
-            src=args.src, out=args.output, val=args.val, test=args.test, seed=args.seed, folds=args.folds,
-            groups=args.groups, group_regex=args.group_regex, report=args.report)
+            src=args.src, output=args.output, val=args.val, test=args.test, seed=args.seed, folds=args.folds,
+            groups=args.groups, group_regex=args.group_regex, report=args.report,
+            labels=args.labels, keep_test=args.keep_test, copy=args.copy)
 
     parser = commands.add_parser('data', help='get and split image folders')
     actions = parser.add_subparsers(required=True, metavar='ACTION')
@@ -151,9 +151,12 @@ def _add_data(commands: Any) -> None:
     split.add_argument('--seed', type=_NOT_NEGATIVE, default=0, help='seed (%(default)s)')
     split.add_argument('--folds', type=options.Number(int, least=2),
                        help='write this many folds, each tested on its own share')
-    split.add_argument('--groups', type=Path, help='CSV with the columns file, and patient or group')
-    split.add_argument('--group-regex', help='pattern whose first group, in the file name, is the patient')
-    split.add_argument('--report', type=Path, help='picture to write of the images that look the same')
+    split.add_argument('--groups', type=Path, help='table with a column for the file, and one for the patient')
+    split.add_argument('--group-regex', help='pattern whose first group, in the path below the class, is the patient')
+    split.add_argument('--labels', type=Path, help='table with a column for the file, and one for the class')
+    split.add_argument('--keep-test', action='store_true', help='SRC has train/ and test/: keep test/, carve val')
+    split.add_argument('--copy', action='store_true', help='copy the files, where hard links share edits with SRC')
+    split.add_argument('--report', type=Path, help='picture to write of the images that show the same picture')
     split.set_defaults(run=run_split)
 
 
