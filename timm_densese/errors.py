@@ -47,21 +47,20 @@ class CheckpointMismatchError(UserError, RuntimeError):
 
     def __init__(
             self,
-            arch: str,
-            se_placement: str,
+            model: str,
             missing: List[str],
             unexpected: List[str],
             misshapen: List[str],
     ) -> None:
         self.missing, self.unexpected, self.misshapen = missing, unexpected, misshapen
-        lines = [f'This checkpoint does not fit {arch} with se_placement={se_placement!r}:']
+        lines = [f'This checkpoint does not fit {model}:']
         for what, names in (('missing', missing), ('unexpected', unexpected), ('of another shape', misshapen)):
             if names:
                 more = f' and {len(names) - _NAMES_SHOWN} more' if len(names) > _NAMES_SHOWN else ''
                 lines.append(f'  {len(names)} {what}: {", ".join(names[:_NAMES_SHOWN])}{more}')
         lines.append(
-            'Take the DenseNet of the same depth, or create the model with the arguments that the checkpoint was '
-            'trained with (se_placement, attn_layer, rd_channels, growth_rate, ...).')
+            'Take the checkpoint of the same network without attention, or create the model with the arguments that '
+            'the checkpoint was trained with (se_placement, attn_layer, rd_channels, growth_rate, ...).')
         super().__init__('\n'.join(lines))
 
 
