@@ -1,19 +1,39 @@
-# `make demo` and `make test` each work alone on a fresh clone: they build .venv on first use.
+# `make demo`, `make check` and `make test` each work alone on a fresh clone: they build .venv on first use.
 PYTHON ?= python3
 # Images for the demo, a folder of class folders. Without one it uses a small generated set.
 DATA ?= $(wildcard ../shared/data/msld)
 BIN := .venv/bin
+# Two tests at a time, with a thread each: processes of torch with more threads than cores wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test clean
+.PHONY: demo check test chromium lower-bounds clean
 
 demo: .venv/demo
 	$(BIN)/timm-densese demo $(if $(DATA),--data $(DATA))
 
-# Two tests at a time, with a thread each: processes of torch with more threads than cores wait for each other.
+# What to run while working: a minute and a half on two cores.
+check: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) -m 'not slow'
+
 test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(PYTEST)
+
+# For the page's tests, which are skipped where it is missing.
+chromium:
+	@if command -v chromedriver; then :; \
+	elif command -v apt-get && [ "$$(id -u)" = 0 ]; then \
+		apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; \
+	else echo 'Install chromium and chromium-driver: apt-get is missing, or this is not root.'; fi
+
+# A .venv with the oldest versions that pyproject.toml allows.
+lower-bounds: clean
+	uv venv .venv
+	uv pip install --python $(BIN)/python --resolution lowest-direct --editable '.[test]'
+	touch .venv/test
 
 clean:
 	rm -rf .venv output

@@ -29,7 +29,7 @@ from torchvision import transforms
 
 from timm_densese.checkpoints import find_weights
 from timm_densese.data.splits import split_images
-from timm_densese.training import TrainConfig, predict, train
+from timm_densese.training import TrainConfig, train, validate
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results' / 'msld'
@@ -79,7 +79,7 @@ def run(data: Path, output: Path, name: str, recipe: dict, seed: int) -> dict:
     test.transform = create_transform(**config)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     loader = torch.utils.data.DataLoader(test, 32)
-    logits, labels = predict(model.to(device), loader, device)
+    logits, labels = validate(model.to(device), loader, device)
     positive = classes.index('Monkeypox')
     truth, score = (labels == positive).numpy(), logits.softmax(1)[:, positive].numpy()
     guess = (logits.argmax(1) == positive).numpy()

@@ -1,7 +1,14 @@
 """The suite talks to a Hub of its own, started here because huggingface_hub reads HF_ENDPOINT on its first import."""
+import argparse
 import atexit
+import csv
+import io
+import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from hub_server import HubServer
@@ -24,6 +31,7 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 
 import timm_densese  # noqa: E402, F401
+from timm_densese.cli import main  # noqa: E402
 from timm_densese.data.splits import split_images  # noqa: E402
 from timm_densese.demo import generate_images  # noqa: E402
 from timm_densese.training import TrainConfig, train  # noqa: E402
@@ -32,6 +40,9 @@ MODELS = ('se_densenet121', 'se_densenet161', 'se_densenet169', 'se_densenet201'
           'se_densenetblur121d')
 # A DenseNet small enough for float64 and compilers.
 SMALL = dict(growth_rate=8, block_config=(2, 3, 2))
+
+# A run that takes a second.
+SMALL_RUN = dict(model='se_densenet121', model_kwargs=dict(SMALL, growth_rate=4), img_size=32, workers=0, patience=0)
 
 MSLD = Path(__file__).parents[2] / 'shared' / 'data' / 'msld'
 needs_msld = pytest.mark.skipif(
@@ -65,6 +76,70 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+# Commands. A new process of Python takes seconds to import torch, so most tests run them in this one.
+
+
+def run_cli(*args) -> subprocess.CompletedProcess:
+    """Run a command here; what it raises comes out, where a process would print a traceback."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main([str(arg) for arg in args])
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+def _run_alone(args, env) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    sys.exit(main(args))
+
+
+def start_cli(*args, **env) -> multiprocessing.Process:
+    """Start a command in a process that can be killed. It is forked from one that has imported everything."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['timm_densese.training', 'timm_densese.cli', 'torch.utils.tensorboard'])
+    process = context.Process(target=_run_alone, args=([str(arg) for arg in args], env))
+    process.start()
+    return process
+
+
+# Trainings.
+
+
+@pytest.fixture(scope='session')
+def small_split(tmp_path_factory) -> Path:
+    """A split for what looks at the training and not at what is learned; nobody changes it."""
+    return write_split(tmp_path_factory.mktemp('data'), 20)
+
+
+def run_training(data: Path, output: Path, **options):
+    """Train a small model, for one epoch where nothing else is said."""
+    return train(TrainConfig(**{
+        **SMALL_RUN, 'data_dir': str(data), 'output': str(output), 'epochs': 1, **options}))
+
+
+def read_summary(output: Path) -> list[dict[str, float]]:
+    with open(output / 'summary.csv', newline='') as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def load_saved(output: Path, name: str = 'last.pth.tar'):
+    with torch.serialization.safe_globals([argparse.Namespace]):  # the options, as in timm's checkpoints
+        return torch.load(output / name, weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Compare nested tensors and values bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# Models.
 
 
 def trained_densenet(name: str, **kwargs) -> torch.nn.Module:

@@ -7,12 +7,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import throughput  # benchmarks/throughput.py
 from PIL import Image
 
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 
 
+@pytest.mark.slow
 def test_quick_throughput(tmp_path):
     result = subprocess.run([sys.executable, BENCHMARKS / 'throughput.py', '--quick', '--out', tmp_path],
                             capture_output=True, text=True, timeout=280)
@@ -63,6 +65,7 @@ def test_a_peer_that_fails_is_a_row(tmp_path):
     assert '| no_such_net | RuntimeError: Unknown model' in (tmp_path / 'README.md').read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_what_was_measured(tmp_path):
     process = subprocess.Popen(
         [sys.executable, BENCHMARKS / 'throughput.py', '--executions', 'eager', '--dtypes', 'float32', '--kinds',

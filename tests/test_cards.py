@@ -43,6 +43,7 @@ def run_snippets(text, hub):
     return spaces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_card_of_each_registered_model(name, hub, capfd):
     command = ['card', name]

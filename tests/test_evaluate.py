@@ -16,10 +16,11 @@ from sklearn import metrics as sk
 
 from timm_densese.checkpoints import load_model
 from timm_densese.cli import main
-from timm_densese.data.images import compute_logits, find_images
+from timm_densese.data.images import find_images
 from timm_densese.errors import ImagesError, ModelNotFoundError, UserError
 from timm_densese.evaluate import evaluate
 from timm_densese.metrics import _resample, _scores, _with_intervals, fit_temperature
+from timm_densese.predict import compute_logits
 from timm_densese.publish import publish
 from timm_densese.training import TrainConfig, train
 
@@ -38,7 +39,7 @@ def results(trained, tmp_path_factory):
 def logits_of(trained, split):
     loaded = load_model(str(trained[1]))
     paths = find_images([str(trained[0] / split)])
-    found = compute_logits(loaded.model, paths, loaded.data_config, torch.device('cpu'))
+    found = compute_logits(loaded, paths)
     return found.values.double(), np.array([['spots', 'stripes'].index(path.parent.name) for path in paths])
 
 
@@ -238,7 +239,7 @@ def test_every_way_to_name_a_model(trained, hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda data: (data / 'test' / 'other').mkdir(), 'It has others: other'),
+    (lambda data: next((data / 'test').iterdir()).rename(data / 'test' / 'other'), 'It has others: other'),
     (lambda data: shutil.rmtree(data / 'test'), 'It has others: train, val'),
     (lambda data: [p.write_bytes(b'') for p in (data / 'test').rglob('*.png')], 'None of the 24 images'),
     (lambda data: shutil.rmtree(data), 'is not a folder'),
@@ -259,6 +260,7 @@ def test_a_report_that_is_there_is_not_replaced(trained, tmp_path):
     assert [path.name for path in Path(tmp_path).iterdir()] == ['kept']
 
 
+@pytest.mark.slow
 def test_imagenet_folders_by_their_synsets(hub, tmp_path):
     put_on_hub(hub, 'timm/densenet121.ra_in1k', timm.create_model('densenet121'))
     for synset in ('n01440764', 'n15075141'):  # the first and the last class

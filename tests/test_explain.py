@@ -129,7 +129,7 @@ def test_saturated_dead_and_separating_gates(tmp_path, monkeypatch, trained):
         fc2 = loaded.model.get_submodule('features.se3').fc2
         fc2.weight.zero_()
         fc2.bias.copy_(torch.tensor([9.] * 3 + [-9.] * 2 + [0.] * (len(fc2.bias) - 5)))
-    monkeypatch.setattr(module, 'load_model', lambda name: loaded)
+    monkeypatch.setattr(module, 'load_model', lambda name, device: loaded)
     site = explain('', [str(trained[0] / 'test')], tmp_path / 'out')['sites']['features.se3']
     assert (site['saturated'], site['dead'], site['separation']) == (3, 2, 0)
 

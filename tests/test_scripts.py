@@ -45,6 +45,7 @@ def make_checkout(folder, version):
     return folder
 
 
+@pytest.mark.slow
 def test_the_installed_timm_serves_a_script_in_a_checkout(tmp_path):
     checkout = make_checkout(tmp_path / 'checkout', timm.__version__)
     for cwd in (tmp_path, checkout):

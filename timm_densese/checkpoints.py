@@ -3,15 +3,17 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import timm
+import torch
 import yaml
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from timm.data import ImageNetInfo, create_dataset, resolve_data_config
+from timm.data import ImageNetInfo, resolve_data_config
 from timm.models import clean_state_dict, get_pretrained_cfg, is_model
 
+from .data.images import list_images
 from .errors import ModelNotFoundError, PublishError, hub_errors
 from .models.untrusted import check_model_args, read_checkpoint
 
-__all__ = ['Checkpoint', 'find_weights', 'load_checkpoint', 'load_model', 'short_name']
+__all__ = ['Checkpoint', 'choose_device', 'find_weights', 'load_checkpoint', 'load_model', 'short_name']
 
 
 def find_weights(repo_id: str) -> bool:
@@ -33,11 +35,16 @@ def find_weights(repo_id: str) -> bool:
     return True
 
 
+def choose_device(device: str) -> torch.device:
+    """Give a device by its name; by none, CUDA where there is one, else the CPU."""
+    return torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+
+
 class Checkpoint(NamedTuple):
     """A trained model and what its run recorded.
 
     Attributes:
-        model: The model in eval mode, on the CPU.
+        model: The model in eval mode.
         label_names: Names of the classes, empty if they are not known.
         data_config: Preprocessing: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
         recipe: The run's options by name, empty if they are not known.
@@ -53,6 +60,11 @@ class Checkpoint(NamedTuple):
     def class_names(self) -> List[str]:
         """Names of the classes, their numbers where the names are not known."""
         return self.label_names or [str(i) for i in range(self.model.num_classes)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
 
 
 def load_checkpoint(
@@ -125,21 +137,27 @@ def load_checkpoint(
     return Checkpoint(net.eval(), labels, data_config, recipe, ''.join(trained) + '.')
 
 
-def load_model(of: str) -> Checkpoint:
+def load_model(of: str, device: str = '') -> Checkpoint:
     """Load a model to use it: a checkpoint, a repository of the Hub, a folder, or a registered model's own weights.
 
     Args:
         of: Path of a checkpoint, `hf-hub:OWNER/NAME`, `local-dir:DIR`, or the name of a model with pretrained weights.
+        device: Device to move it to, by default CUDA where there is one.
 
     Returns:
-        The model in eval mode and what is known of it; no recipe where it is not a checkpoint.
+        The model in eval mode, on the device, and what is known of it; no recipe where it is not a checkpoint.
 
     Raises:
         ModelNotFoundError: It is none of these.
         UserError: It cannot be read or had, as for `load_checkpoint`.
     """
-    if Path(of).is_file():
-        return load_checkpoint(Path(of))
+    chosen = choose_device(device)
+    loaded = load_checkpoint(Path(of)) if Path(of).is_file() else _load_pretrained(of)
+    loaded.model.to(chosen)
+    return loaded
+
+
+def _load_pretrained(of: str) -> Checkpoint:
     scheme, _, where = of.rpartition(':')
     if scheme == 'local-dir' and not (Path(where) / 'config.json').is_file():
         raise ModelNotFoundError(f'{where} has no config.json: give a folder that `timm-densese publish --to` wrote.')
@@ -171,12 +189,9 @@ def _label_names(recipe: Dict[str, Any], data: Optional[Path], num_classes: int)
     if root and Path(root).is_dir():
         split = recipe.get('train_split') or 'train'
         folder = Path(root) / split if (Path(root) / split).is_dir() else Path(root)
-        try:
-            index: Any = create_dataset('', root=str(folder)).reader.class_to_idx  # type: ignore[attr-defined]
-            found = sorted(index, key=index.get)
-        except Exception as e:  # timm's readers raise what they meet
-            if data:
-                raise PublishError(f'--data {data} names no classes: {e}') from e
+        found = list_images(folder).classes
+        if data and not found:
+            raise PublishError(f'--data {data} names no classes: it holds no images in class folders.')
     elif data:
         raise PublishError(f'--data {data} is not a folder.')
     if data and recorded and found != recorded:

@@ -1,5 +1,6 @@
 """Command line: argument parsing only, every command is one call into another module."""
 import argparse
+import io
 import sys
 import typing
 from dataclasses import fields
@@ -26,6 +27,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     Returns:
         Exit status: 0, or 1 where the input was at fault (the reason goes to standard error).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files that its encoding lacks are escaped
+            stream.reconfigure(errors='backslashreplace')
     parser = argparse.ArgumentParser(prog='timm-densese', description='SE-DenseNets for timm.')
     parser.add_argument('--version', action='version', version=f'timm-densese {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')

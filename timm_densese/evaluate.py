@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, Dict, List, Set, Tuple
 
 import numpy as np
-import torch
 from timm.data import ImageNetInfo
 
 from .checkpoints import Checkpoint, load_model, short_name
-from .data.images import Logits, choose_device, compute_logits, find_images
+from .data.images import list_images
 from .errors import ImagesError
 from .files import check_new_folder, new_folder, sha256
 from .metrics import Scores, _compare, _confusion, _resample, _scores, _softmax, _with_intervals, fit_temperature
+from .predict import Logits, compute_logits
 from .report import _cell, _figures, _page, _Split
 
 __all__ = ['evaluate']
@@ -61,11 +61,10 @@ def evaluate(
     check_new_folder(report, '--report')
     if not data.is_dir():
         raise ImagesError(f'{data} is not a folder.')
-    where = choose_device(device)
-    loaded = load_model(model)
+    loaded = load_model(model, device)
     split = split or ('test' if (data / 'test').is_dir() else '')
     classes = _classes(loaded, data / split, model)
-    scored = _run_split(loaded, data, split, classes, where, batch_size, workers)
+    scored = _run_split(loaded, data, split, classes, batch_size, workers)
     warnings = _leaks(scored, data, loaded.recipe)
     absent = [name for i, name in enumerate(classes) if i not in scored.labels]
     if absent:
@@ -76,7 +75,7 @@ def evaluate(
 
     temperature = None
     if split != 'val' and (data / 'val').is_dir():
-        validation = _run_split(loaded, data, 'val', classes, where, batch_size, workers)
+        validation = _run_split(loaded, data, 'val', classes, batch_size, workers)
         shared = set(validation.hashes) & set(scored.hashes)
         if shared:
             warnings.append(f'{len(shared)} of the images are in val/, too, on which the temperature was fitted.')
@@ -114,10 +113,10 @@ def evaluate(
                 strict=True)],
     }
     if compare:
-        other = load_model(compare)
+        other = load_model(compare, device)
         if _classes(other, data / split, compare) != classes:
             raise ImagesError(f'{compare} has the classes {other.label_names}, {model} has {classes}.')
-        rival = _run_split(other, data, split, classes, where, batch_size, workers)
+        rival = _run_split(other, data, split, classes, batch_size, workers)
         results.update(_compare(
             scored.labels, probabilities, _softmax(rival.logits), classes, samples, short_name(compare)))
 
@@ -139,7 +138,7 @@ def _classes(loaded: Checkpoint, folder: Path, model: str) -> List[str]:
     if not folder.is_dir():
         raise ImagesError(f'{folder} is not a folder. Choose another --split, or make the splits with '
                           f'`timm-densese data split SRC --out DIR`.')
-    found = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    found = list_images(folder).classes
     labels = loaded.label_names or found
     synsets: List[str] = ImageNetInfo('imagenet-1k').label_names()
     if found and set(found) <= set(synsets) and loaded.model.num_classes == len(synsets):
@@ -160,15 +159,15 @@ def _run_split(
         data: Path,
         split: str,
         classes: List[str],
-        device: torch.device,
         batch_size: int,
         workers: int,
 ) -> _Split:
     folder = data / split
-    paths = find_images([str(folder)])
-    paths = [path for path in paths if path.relative_to(folder).parts[0] in classes]
-    found: Logits = compute_logits(
-        loaded.model, paths, loaded.data_config, device, batch_size, workers, desc=split or folder.name)
+    images = list_images(folder)
+    place = {label: classes.index(name) for label, name in enumerate(images.classes) if name in classes}
+    paths = [path for path, label in images.samples if label in place]
+    labels = np.array([place[label] for _, label in images.samples if label in place])
+    found: Logits = compute_logits(loaded, paths, batch_size, workers, desc=split or folder.name)
     if not found.indices:
         raise ImagesError(f'None of the {len(paths)} images of {folder} can be read, the first for '
                           f'{next(iter(found.errors.values()))}.')
@@ -178,7 +177,7 @@ def _run_split(
     # An image that the table does not know is a group of its own.
     groups = [known.get(digest, -1 - i) for i, digest in enumerate(hashes)]
     return _Split(
-        good, np.array([classes.index(path.relative_to(folder).parts[0]) for path in good]),
+        good, labels[found.indices],
         found.values.double().numpy(), np.unique(groups, return_inverse=True)[1], hashes,
         {str(paths[i].relative_to(data)): error for i, error in found.errors.items()})
 
@@ -213,7 +212,7 @@ def _leaks(scored: _Split, data: Path, recipe: Dict[str, Any]) -> List[str]:
         train = [row for row in rows if row[column] == 'train']
         hashes |= {digest for row in train for digest in _row_hashes(row)}
         if not rows and (folder / 'train').is_dir():
-            hashes |= {sha256(p) for p in find_images([str(folder / 'train')])}
+            hashes |= {sha256(path) for path, _ in list_images(folder / 'train').samples}
         if folder == data.resolve():
             known = {digest: row['group'] for row in rows for digest in _row_hashes(row)}
             train_groups = {row['group'] for row in train}

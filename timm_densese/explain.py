@@ -17,9 +17,10 @@ import torch.nn as nn
 from PIL import Image
 
 from .checkpoints import Checkpoint, load_model
-from .data.images import choose_device, find_images, load_batches
+from .data.images import find_images
 from .errors import ImagesError
 from .files import check_new_folder, new_folder
+from .predict import load_batches
 
 __all__ = ['draw_gates', 'explain', 'grad_cam', 'overlay', 'read_gates']
 
@@ -126,8 +127,8 @@ def explain(
 
     Args:
         model: What `timm_densese.checkpoints.load_model` takes.
-        images: Files, folders and patterns. Where an image's folder is named as a class, that is its class; the others
-            count for the class that the model gives them.
+        images: Files, folders and patterns. Where a folder above an image is named as a class, that is its class; the
+            others count for the class that the model gives them.
         out: Folder to write, which must not exist or be empty: cam/ with an overlay for each image, and for
             SE-DenseNets excitation.csv (site, channel, class, mean gate), excitation.json (what separates classes,
             saturated and dead gates, by site) and excitation.png.
@@ -146,16 +147,13 @@ def explain(
 
     check_new_folder(out, '--out')
     paths = find_images(images)
-    where = choose_device(device)
-    loaded = load_model(model)
-    earlier = load_model(before) if before else None
+    loaded = load_model(model, device)
+    earlier = load_model(before, device) if before else None
     sites = list(getattr(loaded.model, 'attn_sites', {}))
     if earlier and list(getattr(earlier.model, 'attn_sites', {})) != sites:
         raise ImagesError(f'{before} has its attention in other places than {model}.')
     names = loaded.class_names
 
-    for each in filter(None, (loaded, earlier)):
-        each.model.to(where)
     with new_folder(out) as work:
         (work / 'cam').mkdir()
         labels: List[int] = []
@@ -166,11 +164,12 @@ def explain(
                 print(f'not readable: {paths[place]} ({error})')
             if not places:
                 continue
-            batch = batch.to(where)
+            batch = batch.to(loaded.device)
             with torch.inference_mode():
                 called = loaded.model(batch).argmax(1).tolist()
-            labels += [names.index(paths[place].parent.name) if paths[place].parent.name in names else prediction
-                       for place, prediction in zip(places, called, strict=True)]
+            for place, prediction in zip(places, called, strict=True):
+                above = (names.index(folder.name) for folder in paths[place].parents if folder.name in names)
+                labels.append(next(above, prediction))
             for image, cam, place, prediction in zip(
                     batch, grad_cam(loaded.model, batch, called), places, called, strict=True):
                 name = f'{place:05}-{paths[place].stem[:80]}-{_file_name(names[prediction])}.png'

@@ -9,7 +9,7 @@ from typing import Iterator, Type, Union
 
 from .errors import UserError
 
-__all__ = ['check_new_folder', 'new_folder', 'replace_file', 'sha256']
+__all__ = ['check_new_folder', 'new_folder', 'printable', 'replace_file', 'sha256']
 
 
 def check_new_folder(out: Path, option: str, error: Type[UserError] = UserError) -> None:
@@ -58,3 +58,13 @@ def replace_file(file: Path, content: Union[str, bytes]) -> None:
 def sha256(file: Path) -> str:
     """Hash a file's bytes."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def printable(name: Union[str, Path]) -> str:
+    r"""Show a file's name on any output: what is not UTF-8 in it is escaped.
+
+    Example:
+        >>> print(printable('caf\udce9.png'))
+        caf\xe9.png
+    """
+    return os.fsencode(name).decode('utf-8', 'backslashreplace')

@@ -1,17 +1,114 @@
-"""Predictions for image files, as a table, JSON or CSV."""
+"""A model over image files: rows, which the command line prints as a table, JSON or CSV."""
 import csv
 import io
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
-from .checkpoints import load_model
-from .data.images import choose_device, compute_logits, find_images
+import torch
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm  # comes with huggingface_hub
+
+from .checkpoints import Checkpoint, load_model
+from .data.images import find_images, read_image
 from .errors import ImagesError
 from .files import replace_file
 
-__all__ = ['predict_files', 'read_temperature']
+__all__ = ['Logits', 'compute_logits', 'load_batches', 'predict', 'predict_files', 'read_temperature']
+
+
+class _Files(Dataset):
+    """Images by index; one that cannot be read is its error."""
+
+    def __init__(self, paths: Sequence[Path], transform: Any) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tuple[int, Optional[torch.Tensor], str]:
+        try:
+            return index, self.transform(read_image(self.paths[index])), ''
+        except Exception as e:  # PIL's decoders raise whatever they meet
+            return index, None, f'{type(e).__name__}: {e}'
+
+
+class Logits(NamedTuple):
+    """What a model says of image files.
+
+    Attributes:
+        values: Logits (N, num_classes) in float32, of the images that could be read.
+        indices: Their places in the list of files, (N,).
+        errors: Why the others could not be read, by their places.
+    """
+    values: torch.Tensor
+    indices: List[int]
+    errors: Dict[int, str]
+
+
+def load_batches(
+        paths: Sequence[Path],
+        data_config: Dict[str, Any],
+        batch_size: int = 32,
+        workers: int = 0,
+        desc: str = '',
+) -> Iterator[Tuple[List[int], torch.Tensor, Dict[int, str]]]:
+    """Read images in batches, with progress.
+
+    Args:
+        paths: Files.
+        data_config: Preprocessing, as of `timm.data.resolve_data_config`.
+        batch_size: Images a batch.
+        workers: Processes that read them.
+        desc: What to call the progress.
+
+    Returns:
+        For each batch: places in `paths` of the images that could be read, these images (B, C, H, W), and the errors
+        of the others by place.
+    """
+    loader: Any = DataLoader(
+        _Files(paths, create_transform(**data_config)), batch_size, collate_fn=list,
+        num_workers=workers if len(paths) > batch_size else 0)
+    with tqdm(total=len(paths), desc=desc, unit='image') as progress:
+        for batch in loader:
+            good = [(index, image) for index, image, _ in batch if image is not None]
+            errors = {index: error for index, image, error in batch if image is None}
+            images = torch.stack([image for _, image in good]) if good else torch.empty(0)
+            yield [index for index, _ in good], images, errors
+            progress.update(len(batch))
+
+
+def compute_logits(
+        loaded: Checkpoint,
+        paths: Sequence[Path],
+        batch_size: int = 32,
+        workers: int = 0,
+        desc: str = '',
+) -> Logits:
+    """Run a model on image files; those that cannot be read stop nothing.
+
+    Args:
+        loaded: The model, run on the device where it is.
+        paths: Files.
+        batch_size: Images a batch.
+        workers: Processes that read the images.
+        desc: What to call the progress.
+
+    Returns:
+        The logits and what went wrong.
+    """
+    values: List[torch.Tensor] = []
+    indices: List[int] = []
+    errors: Dict[int, str] = {}
+    for places, images, failed in load_batches(paths, loaded.data_config, batch_size, workers, desc):
+        errors.update(failed)
+        if places:
+            with torch.inference_mode():
+                values.append(loaded.model(images.to(loaded.device)).float().cpu())
+            indices += places
+    return Logits(torch.cat(values) if values else torch.empty(0, 0), indices, errors)
 
 
 def read_temperature(calibration: Optional[Path]) -> float:
@@ -33,6 +130,60 @@ def read_temperature(calibration: Optional[Path]) -> float:
     return temperature
 
 
+def predict(
+        model: Union[str, Checkpoint],
+        images: Sequence[str],
+        top_k: int = 5,
+        temperature: float = 1.,
+        device: str = '',
+        batch_size: int = 32,
+        workers: int = 0,
+) -> List[Dict[str, Any]]:
+    """Predict the most probable classes of image files.
+
+    Args:
+        model: What `timm_densese.checkpoints.load_model` takes, or what it returned.
+        images: Files, folders and patterns.
+        top_k: Classes of each image.
+        temperature: What the logits are divided by, see `read_temperature`.
+        device: Device, by default CUDA where there is one; a model that is loaded already stays where it is.
+        batch_size: Images a batch.
+        workers: Processes that read images.
+
+    Returns:
+        A row for each file, in order: `file`, and `predictions`, a list of `class` and `probability` from the most
+        probable on; or `file` and `error`, the reason why it cannot be read.
+
+    Raises:
+        UserError: There are no images, or the model cannot be loaded.
+
+    Example:
+        >>> import tempfile, timm
+        >>> from PIL import Image
+        >>> from timm_densese.checkpoints import Checkpoint
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> Image.new('RGB', (40, 30)).save(f'{folder.name}/a.png')
+        >>> net = timm.create_model('resnet10t', num_classes=2).eval()
+        >>> cat_or_dog = Checkpoint(net, ['cat', 'dog'], timm.data.resolve_model_data_config(net), {}, '')
+        >>> [row] = predict(cat_or_dog, [folder.name], top_k=1)
+        >>> row['predictions'][0]['class'] in ('cat', 'dog')
+        True
+    """
+    paths = find_images(images)
+    loaded = load_model(model, device) if isinstance(model, str) else model
+    logits = compute_logits(loaded, paths, batch_size=batch_size, workers=workers, desc='predict')
+    rows: List[Dict[str, Any]] = [{'file': str(path)} for path in paths]
+    for place, error in logits.errors.items():
+        rows[place]['error'] = error
+    if logits.indices:
+        names = loaded.class_names
+        top = (logits.values / temperature).softmax(1).topk(min(top_k, len(names)), 1)
+        for place, indices, values in zip(logits.indices, top.indices.tolist(), top.values.tolist(), strict=True):
+            rows[place]['predictions'] = [
+                {'class': names[i], 'probability': p} for i, p in zip(indices, values, strict=True)]
+    return rows
+
+
 def predict_files(
         model: str,
         images: Sequence[str],
@@ -44,58 +195,47 @@ def predict_files(
         batch_size: int = 32,
         workers: int = 2,
 ) -> int:
-    """Predict image files and print the most probable classes of each.
+    """Print what `predict` returns.
 
     Args:
-        model: What `timm_densese.checkpoints.load_model` takes.
+        model: As for `predict`, as are `images`, `top_k`, `device`, `batch_size` and `workers`.
         images: Files, folders and patterns.
-        top_k: Classes to show.
+        top_k: Classes of each image.
         calibration: metrics.json of `timm-densese evaluate`, whose temperature the logits are divided by.
         as_json: Print JSON instead of a table.
         csv_file: File to write, a row for each image and class; replaced if it is there.
-        device: Device, by default CUDA where there is one.
+        device: Device.
         batch_size: Images a batch.
         workers: Processes that read images.
 
     Returns:
-        The number of images that could not be read. They are named on standard error.
+        How many images could not be read.
 
     Raises:
         UserError: There are no images, or the model or the calibration cannot be read.
     """
-    paths = find_images(images)
     temperature = read_temperature(calibration)
-    loaded = load_model(model)
-    where = choose_device(device)
-    found = compute_logits(loaded.model, paths, loaded.data_config, where, batch_size, workers, desc='predict')
-    labels = loaded.class_names
-    rows: List[Dict[str, Any]] = []
-    if found.indices:
-        top = (found.values / temperature).softmax(1).topk(min(top_k, len(labels)), 1)
-        rows = [
-            {'file': str(paths[place]), 'predictions': [
-                {'class': labels[i], 'probability': p} for i, p in zip(indices, probabilities, strict=True)]}
-            for place, indices, probabilities in zip(
-                found.indices, top.indices.tolist(), top.values.tolist(), strict=True)]
-    errors = {str(paths[place]): error for place, error in found.errors.items()}
-
+    rows = predict(
+        model, images, top_k=top_k, temperature=temperature, device=device, batch_size=batch_size, workers=workers)
+    good = [row for row in rows if 'error' not in row]
+    errors = {row['file']: row['error'] for row in rows if 'error' in row}
     if csv_file:
-        _write_csv(csv_file, rows)
+        _write_csv(csv_file, good)
     if as_json:
         print(json.dumps({'model': model, 'temperature': temperature, 'calibrated': calibration is not None,
-                          'predictions': rows, 'unreadable': errors}, indent=1))
+                          'predictions': good, 'unreadable': errors}, indent=1))
     else:
-        width = max((len(row['file']) for row in rows), default=0)
-        for row in rows:
+        width = max((len(row['file']) for row in good), default=0)
+        for row in good:
             print(f'{row["file"]:{width}}  '
                   + '  '.join(f'{p["class"]} {p["probability"]:.1%}' for p in row['predictions']))
-        if calibration is None and rows:
+        if calibration is None and good:
             print('The probabilities are not calibrated: give --calibration with the metrics.json of an evaluation.',
                   file=sys.stderr)
     for file, error in errors.items():
         print(f'not readable: {file} ({error})', file=sys.stderr)
     if errors:
-        print(f'{len(errors)} of {len(paths)} images could not be read.', file=sys.stderr)
+        print(f'{len(errors)} of {len(rows)} images could not be read.', file=sys.stderr)
     return len(errors)
 
 

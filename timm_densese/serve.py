@@ -8,7 +8,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from .checkpoints import load_model, short_name
-from .data.images import choose_device, read_image
+from .data.images import read_image
 from .errors import UserError
 from .explain import draw_gates, grad_cam, overlay, read_gates
 from .predict import read_temperature
@@ -40,9 +40,8 @@ def create_page(model: str, calibration: Optional[Path] = None, device: str = ''
     import gradio as gr
 
     temperature = read_temperature(calibration)
-    loaded = load_model(model)
-    where = choose_device(device)
-    net = loaded.model.to(where)
+    loaded = load_model(model, device)
+    net = loaded.model
     names = loaded.class_names
     transform: Any = create_transform(**loaded.data_config)
     has_gates = bool(getattr(net, 'attn_sites', None))
@@ -55,7 +54,7 @@ def create_page(model: str, calibration: Optional[Path] = None, device: str = ''
                 pixels = opened.width * opened.height
             if pixels > 1e6 * MAX_MEGAPIXELS:
                 raise gr.Error(f'This image has {pixels / 1e6:.0f} megapixels; at most {MAX_MEGAPIXELS} are read.')
-            image = transform(read_image(file))[None].to(where)
+            image = transform(read_image(file))[None].to(loaded.device)
         except gr.Error:
             raise
         except Exception as e:  # PIL's decoders raise whatever they meet

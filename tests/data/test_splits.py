@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -15,11 +16,14 @@ import numpy as np
 import pytest
 import timm.data
 from conftest import MSLD, needs_msld
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from timm_densese.cli import main
 from timm_densese.data.msld import download_msld
 from timm_densese.data.splits import split_images
+from timm_densese.demo import generate_images
 from timm_densese.errors import DownloadError, SplitError
 
 # The download.
@@ -326,8 +330,81 @@ def test_refuses_folders_it_should_not_touch(tmp_path, capsys):
     shutil.rmtree(src / 'b')
     with pytest.raises(SplitError, match=r"found \{'a': 20\}"):
         split_images(src, tmp_path / 'out')
-    (src / 'train').mkdir()
+    shutil.copytree(src / 'a', src / 'train' / 'a')
     with pytest.raises(SplitError, match='split already'):
         split_images(src, tmp_path / 'out')
     assert main(['data', 'split', str(tmp_path / 'nowhere'), '--out', str(tmp_path / 'out')]) == 1
     assert 'is not a folder' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda src: [shutil.rmtree(src / 'stripes'), (src / 'stripes').mkdir()], 'two or more classes'),
+    (lambda src: shutil.rmtree(src / 'stripes'), 'two or more classes'),
+    (lambda src: [path.unlink() for path in list(src.glob('*/*'))[1:]], 'two or more classes'),
+    (lambda src: [path.unlink() for path in list((src / 'spots').iterdir())[1:]], 'too few for'),
+    (lambda src: [path.unlink() for path in src.glob('*/*')], 'two or more classes'),
+])
+def test_folders_too_poor_to_split(tmp_path, change, message):
+    generate_images(tmp_path / 'images', per_class=10, size=32)
+    change(tmp_path / 'images')
+    with pytest.raises(SplitError, match=message):
+        split_images(tmp_path / 'images', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+# Fuzzing.
+
+
+def pictures():
+    """Distinct pictures by number; hashes of noise are far apart."""
+    return {i: np.random.default_rng(i).integers(0, 255, (24, 24, 3), dtype=np.uint8) for i in range(14)}
+
+
+PICTURES = pictures()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
+                                                                   HealthCheck.too_slow])
+@given(st.lists(st.tuples(st.sampled_from('ab'), st.integers(0, 13), st.integers(0, 6), st.sampled_from(
+    ['.png', '.bmp', ' mirrored.png', ' broken.jpg'])), min_size=8, max_size=40),
+    st.sampled_from([(.2, .2, None), (.25, 0, None), (.2, .2, 2), (0, .3, None)]), st.integers(0, 3))
+def test_any_split_leaks_nothing_loses_nothing_and_repeats(tmp_path_factory, files, shares, seed):
+    """Pictures under two classes, of several patients, repeated, mirrored and broken."""
+    root = tmp_path_factory.mktemp('fuzz')
+    for i, (label, picture, patient, suffix) in enumerate(files):
+        folder = root / 'src' / label
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f'P{patient}_{i}{suffix}'
+        pixels = PICTURES[picture]
+        if 'broken' in suffix:
+            path.write_bytes(b'\xff\xd8\xff' + bytes(20))
+        else:
+            Image.fromarray(pixels[:, ::-1] if 'mirrored' in suffix else pixels).save(path)
+    val, test, folds = shares
+    options = dict(val=val, test=test, folds=folds, seed=seed, group_regex=r'^(P\d+)_')
+    try:
+        images = split_images(root / 'src', root / 'out', **options)
+    except SplitError as e:
+        images, reason = [], str(e)
+    if not images:
+        assert re.search('too few for|two or more classes', reason)
+        assert not (root / 'out').exists()
+        return
+    assert len(images) == len(files)
+    assert split_images(root / 'src', root / 'again', **options) == images
+    read = {image.path.name: int(re.search(r'_(\d+)', image.path.name)[1]) for image in images}
+    for fold in range(folds or 1):
+        by_key: dict = {}
+        for image in images:
+            _, picture, patient, suffix = files[read[image.path.name]]
+            assert bool(image.error) == ('broken' in suffix)
+            if not image.error:
+                for key in (f'patient {patient}', f'picture {picture}'):
+                    by_key.setdefault(key, set()).add(image.splits[fold])
+        assert all(len(splits) == 1 for splits in by_key.values())
+        stored = [p for p in (root / 'out' / (f'fold{fold}' if folds else '')).glob('*/*/*') if p.suffix != '.csv']
+        assert len(stored) == sum(not image.error for image in images)
+        again = [p.relative_to(root / 'again') for p in (root / 'again').rglob('*') if p.is_file()]
+        assert sorted(again) == sorted(p.relative_to(root / 'out') for p in (root / 'out').rglob('*') if p.is_file())
+    if folds:
+        assert all(image.splits.count('test') == 1 for image in images if not image.error)

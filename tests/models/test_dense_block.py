@@ -282,6 +282,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
@@ -294,6 +295,7 @@ def test_two_processes():
         assert f'RANK {rank} True True' in out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('placement', SE_PLACEMENTS)
 def test_compiled_in_one_graph(placement):
     plain, linear = pair(create(se_placement=placement))

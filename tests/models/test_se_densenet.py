@@ -275,6 +275,7 @@ def test_onnx(placement, tmp_path):
         assert relative_error(torch.from_numpy(out), model(IMAGE)) < 1e-5
 
 
+@pytest.mark.slow
 @placements
 def test_compiles_without_a_graph_break(placement):
     model = create(se_placement=placement)
@@ -285,6 +286,7 @@ def test_compiles_without_a_graph_break(placement):
         torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_inductor():
     model = create(block_config=(1, 1)).eval()
     with torch.inference_mode():

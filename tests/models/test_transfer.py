@@ -25,6 +25,7 @@ def small_pair(densenet=None, **kwargs):
     return densenet, from_state_dict('se_densenet121', densenet.state_dict(), **SMALL, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 @torch.inference_mode()
 def test_same_outputs(name):
@@ -289,6 +290,7 @@ def test_untrained_variant_says_so():
         timm.create_model('se_densenet264d', pretrained=True)
 
 
+@pytest.mark.slow
 def test_offline_from_a_warm_cache(hub, tmp_path):
     """The README's first use, in a process of its own, which then goes offline."""
     put_on_hub(hub, 'timm/densenet121.cache_test', timm.create_model('densenet121'))

@@ -106,6 +106,7 @@ def test_pickle_that_runs_code(tmp_path, hub):
     assert not (tmp_path / 'ran').exists()
 
 
+@pytest.mark.slow
 def test_zip_and_pickle_bombs(tmp_path):
     """In a process that may take 1 GiB more than it has: each would take more."""
     torch.save({'classifier.weight': torch.zeros(256 << 18)}, tmp_path / 'zeros.pth')

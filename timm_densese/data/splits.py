@@ -18,7 +18,7 @@ from tqdm import tqdm  # comes with huggingface_hub
 
 from ..errors import SplitError
 from ..files import check_new_folder, new_folder, sha256
-from .images import EXTENSIONS, read_image
+from .images import list_images, read_image
 from .msld import MSLD_PATIENT
 
 __all__ = ['SplitImage', 'split_images']
@@ -127,15 +127,14 @@ def split_images(
 def _find_images(src: Path) -> List[SplitImage]:
     if not src.is_dir():
         raise SplitError(f'{src} is not a folder.')
-    labels = sorted(p.name for p in src.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    ready = [name for name in labels if name.lower() in ('train', 'training', 'val', 'valid', 'validation', 'test')]
+    folder = list_images(src)
+    ready = [name for name in folder.classes
+             if name.lower() in ('train', 'training', 'val', 'valid', 'validation', 'test')]
     if ready:
         raise SplitError(
             f'{src} holds {", ".join(ready)}: it is split already. Point SRC at a folder of class folders, or merge '
             f'these first: a split made elsewhere may part a patient.')
-    return [
-        SplitImage(path, label) for label in labels for path in sorted((src / label).rglob('*'))
-        if path.suffix.lower() in EXTENSIONS and path.is_file()]
+    return [SplitImage(path, folder.classes[label]) for path, label in folder.samples]
 
 
 def _fingerprint_one(path: Path) -> Tuple[str, str, List[int]]:

@@ -1,0 +1,137 @@
+"""What a training leaves in its folder, whatever stops it."""
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import SMALL_RUN, load_saved, read_summary, run_training, same, start_cli
+
+from timm_densese.errors import TrainingError
+
+ARGS = ('--model-kwargs', 'growth_rate=4', 'block_config=(2,3,2)', '--img-size', '32', '--patience', '0')
+
+
+def assert_same_training(whole, resumed):
+    expected, found = load_saved(whole), load_saved(resumed)
+    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'metric', 'epoch'):
+        assert same(expected[key], found[key]), key
+    assert (resumed / 'summary.csv').read_bytes() == (whole / 'summary.csv').read_bytes()
+    best = 'model_best.pth.tar'
+    assert same(load_saved(whole, best)['state_dict'], load_saved(resumed, best)['state_dict'])
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(small_split, tmp_path):
+    args = ('train', small_split, *ARGS, '--epochs', 60, '--drop', .2)
+    whole = start_cli(*args, '--workers', 1, '--output', tmp_path / 'whole')
+    output = tmp_path / 'killed'
+    args = (*args, '--workers', 0, '--output', output)
+    rng = random.Random(0)
+    killed = 0
+    while killed < 20:
+        resume = ('--resume', output / 'last.pth.tar') if (output / 'last.pth.tar').exists() else ()
+        process = start_cli(*args, *resume)
+        process.join(rng.uniform(.3, .8))
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        killed += 1
+    assert killed == 20
+    process = start_cli(*args, '--resume', output / 'last.pth.tar')
+    process.join()
+    whole.join()
+    assert whole.exitcode == 0
+    assert_same_training(tmp_path / 'whole', output)
+
+
+def test_resumed_with_another_number_of_workers(small_split, tmp_path):
+    options = dict(drop=.3, model_kwargs=SMALL_RUN['model_kwargs'])
+    run_training(small_split, tmp_path / 'whole', epochs=3, workers=1, **options)
+    # A run that is to end after the first epoch has another schedule, so this one is cut off there.
+    started = start_cli('train', small_split, *ARGS, '--epochs', 3, '--drop', .3, '--workers', 0, '--output',
+                        tmp_path / 'cut')
+    while not (tmp_path / 'cut' / 'last.pth.tar').exists():
+        assert started.is_alive()
+        time.sleep(.005)
+    started.kill()
+    started.join()
+    run_training(small_split, tmp_path / 'cut', epochs=3, resume=str(tmp_path / 'cut' / 'last.pth.tar'), **options)
+    assert_same_training(tmp_path / 'whole', tmp_path / 'cut')
+
+
+def test_killed_between_its_two_checkpoints(small_split, tmp_path):
+    options = dict(lr=0., warmup_lr=0., warmup_epochs=0, eval_metric='top1', model_ema=False)
+    run_training(small_split, tmp_path, **options)
+    (tmp_path / 'checkpoint-0.pth.tar').unlink()
+    (tmp_path / 'model_best.pth.tar').unlink()
+    result = run_training(small_split, tmp_path, epochs=2, resume=str(tmp_path / 'last.pth.tar'), **options)
+    assert result['best_epoch'] == 0  # the second epoch is no better
+    assert load_saved(tmp_path, 'model_best.pth.tar')['epoch'] == 0
+    assert load_saved(tmp_path)['epoch'] == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs', str(folder)], capture_output=True,
+                             text=True) if shutil.which('mount') else None
+    if mounted is None or mounted.returncode:
+        pytest.skip(f'a small file system is missing: mount -t tmpfs failed ({mounted and mounted.stderr.strip()})')
+    yield folder
+    subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+def test_disk_full(small_split, small_disk, tmp_path):
+    output = small_disk / 'run'
+    run_training(small_split, output)
+    before = load_saved(output)
+    filler = small_disk / 'filler'
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    with pytest.raises(TrainingError, match=r'(?s)could not be written.*MB are free.*Make room and go on'):
+        run_training(small_split, output, epochs=3, resume=str(output / 'last.pth.tar'))
+    assert same(load_saved(output), before)
+    assert not (output / 'tmp.pth.tar').exists()
+    filler.unlink()
+    moved = tmp_path / 'moved'  # to where there is room for all of it
+    shutil.copytree(output, moved)
+    assert run_training(small_split, moved, epochs=3, resume=str(moved / 'last.pth.tar'))['best']
+    assert [row['epoch'] for row in read_summary(moved)] == [0, 1, 2]
+
+
+def test_two_trainings_into_one_folder(small_split, tmp_path):
+    first = start_cli('train', small_split, *ARGS, '--workers', 0, '--epochs', 200, '--output', tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / 'last.pth.tar').exists():
+            assert time.monotonic() < deadline
+            time.sleep(.02)
+        with pytest.raises(TrainingError, match='Another training is writing to'):
+            run_training(small_split, tmp_path, epochs=300, resume=str(tmp_path / 'last.pth.tar'))
+        with pytest.raises(TrainingError, match='holds a training already'):
+            run_training(small_split, tmp_path)
+        assert first.is_alive()
+    finally:
+        first.kill()
+        first.join()
+    shutil.rmtree(tmp_path)
+    run_training(small_split, tmp_path)  # a killed training holds nothing
+
+
+def test_a_loss_that_is_no_number(small_split, tmp_path):
+    run_training(small_split, tmp_path / 'run')
+    before = (tmp_path / 'run' / 'last.pth.tar').read_bytes()
+    with pytest.raises(TrainingError, match=r'The loss is nan in batch \d+ of epoch [12]\. Lower --lr'):
+        run_training(small_split, tmp_path / 'run', epochs=3, resume=str(tmp_path / 'run' / 'last.pth.tar'), lr=1e30,
+                     warmup_epochs=0, batch_size=4)
+    # Epoch 1 may have ended: it is not saved where its numbers are none.
+    assert (tmp_path / 'run' / 'last.pth.tar').read_bytes() == before
+    assert all(torch.isfinite(t).all() for t in load_saved(tmp_path / 'run')['state_dict'].values())
+    with pytest.raises(TrainingError, match='validation loss is nan after epoch 0'):
+        run_training(small_split, tmp_path / 'jump', lr=1e30, warmup_epochs=0, batch_size=36, model_ema=False)
+    assert not (tmp_path / 'jump' / 'last.pth.tar').exists()

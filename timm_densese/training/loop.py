@@ -1,0 +1,200 @@
+"""The loop: epochs, validation, the best one."""
+import argparse
+import math
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.utils import dispatch_clip_grad, init_distributed_device, random_seed
+from torch.utils.data import DataLoader
+from tqdm import tqdm  # comes with huggingface_hub
+
+from ..errors import TrainingError
+from .build import Run, build_run
+from .config import TrainConfig
+from .records import Records
+
+__all__ = ['train', 'validate']
+
+
+def train(config: TrainConfig) -> Dict[str, Any]:
+    """Fine-tune a model.
+
+    Under torchrun, each process calls this; gradients and batch norm statistics are those of the global batch. The
+    output folder gets `args.yaml`, `summary.csv`, `curves.png`, and in timm's format `last.pth.tar` and
+    `model_best.pth.tar`. A file appears under its name when it is whole.
+
+    Args:
+        config: What to train and how.
+
+    Returns:
+        `classes`, the validation metrics `before` training and of the `best` epoch, and `best_epoch`.
+
+    Raises:
+        TrainingError: The folders do not hold what is needed, the output folder holds another training, or the loss
+            is not finite.
+    """
+    if not config.output:
+        raise TrainingError('Give --output: a folder for the checkpoints.')
+    args = argparse.Namespace(device=config.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = init_distributed_device(args)
+    try:
+        return _train(config, device, args.world_size, args.rank)
+    finally:
+        if args.distributed:
+            dist.destroy_process_group()
+
+
+def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> Dict[str, Any]:
+    last = Path(config.output) / 'last.pth.tar'
+    if last.exists() and not config.resume:
+        raise TrainingError(
+            f'{config.output} holds a training already. Go on with --resume {last}, or choose another --output.')
+    if config.eval_metric not in ('loss', 'top1', 'balanced_top1'):
+        raise TrainingError(f'--eval-metric {config.eval_metric!r} is not one of loss, top1, balanced_top1.')
+    run = build_run(config, device, world, rank)
+    with ExitStack() as stack:
+        records: Optional[Records] = None
+        if rank == 0:
+            records = Records(run)
+            stack.callback(records.close)
+        # One process has read what is there and tells the others, so that all stop after the same epoch.
+        found = [records.best if records else None]
+        if world > 1:
+            dist.broadcast_object_list(found)
+        return _run_epochs(run, records, found[0])
+
+
+def _run_epochs(run: Run, records: Optional[Records], best: Optional[Dict[str, Any]]) -> Dict[str, Any]:
+    config = run.config
+    model: Any = run.task.get_eval_model(ema=config.model_ema)
+
+    def measure() -> Dict[str, float]:
+        return _metrics(*validate(model, run.val_loader, run.device, run.autocast))
+
+    before = None if config.resume else measure()
+    for epoch in range(run.start_epoch, config.epochs):
+        if best and config.patience and epoch - best['epoch'] > config.patience:
+            if records:
+                print(f'No better {config.eval_metric} in {config.patience} epochs: stopped after epoch {epoch - 1}.')
+            break
+        train_loss = _train_epoch(run, epoch)
+        metrics = measure()
+        if not math.isfinite(metrics['loss']):
+            raise TrainingError(
+                f'The validation loss is {metrics["loss"]} after epoch {epoch}, which is not saved. Lower --lr or set '
+                f'--clip-grad.')
+        sign = -1 if config.eval_metric == 'loss' else 1
+        if best is None or sign * metrics[config.eval_metric] > sign * best[config.eval_metric]:
+            best = {'epoch': epoch, **metrics}
+        if records:
+            records.save_epoch(epoch, train_loss, _largest_lr(run), metrics)
+            print(f'epoch {epoch}: train loss {train_loss:.4f}, val loss {metrics["loss"]:.4f}, '
+                  f'top1 {metrics["top1"]:.1f}%, balanced {metrics["balanced_top1"]:.1f}%'
+                  f'{" (best)" if best["epoch"] == epoch else ""}')
+    if best is None:
+        raise TrainingError(f'{config.resume} has been trained for {config.epochs} epochs already. Raise --epochs.')
+    if records:
+        records.draw_curves()
+    return {'classes': run.classes, 'before': before, 'best_epoch': best.pop('epoch'), 'best': best}
+
+
+def _largest_lr(run: Run) -> float:
+    return max(group['lr'] for group in run.optimizer.param_groups)
+
+
+def _train_epoch(run: Run, epoch: int) -> float:
+    """Train for one epoch; the mean loss, over all processes."""
+    config, task, loader = run.config, run.task, run.train_loader
+    random_seed(config.seed, epoch)
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    loader.dataset.epoch = epoch  # type: ignore[attr-defined]
+    model: Any = task.get_trainable_module()
+    model.train()
+    run.optimizer.zero_grad()
+    total = 0.
+    update = epoch * run.updates_per_epoch
+    with tqdm(total=len(loader), desc=f'epoch {epoch}', unit='batch', disable=run.rank > 0) as progress:
+        for i, (images, labels) in enumerate(loader):
+            first = i - i % config.grad_accum_steps
+            accumulated = min(config.grad_accum_steps, len(loader) - first)
+            last = i == first + accumulated - 1
+            if i == first:
+                run.scheduler.step_update(update)
+            images, labels = images.to(run.device), labels.to(run.device)
+            if config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            with nullcontext() if last else task.no_sync():
+                with run.autocast():
+                    loss = task(images, labels)['loss']
+                if not torch.isfinite(loss):
+                    raise TrainingError(
+                        f'The loss is {loss.item()} in batch {i} of epoch {epoch}. Lower --lr, set --clip-grad, or '
+                        f'look at the images. Checkpoints of earlier epochs are as they were.')
+                (loss / accumulated).backward()
+            if last:
+                if config.clip_grad is not None:
+                    dispatch_clip_grad(model.parameters(), config.clip_grad)
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+                update += 1
+                task.update_ema(step=update)
+            total += loss.item()
+            progress.set_postfix(loss=f'{total / (i + 1):.4f}', lr=f'{_largest_lr(run):.1e}', refresh=False)
+            progress.update()
+    mean = torch.tensor(total / len(loader), dtype=torch.float64, device=run.device)
+    if run.world > 1:
+        dist.all_reduce(mean)
+        mean /= run.world
+    return mean.item()
+
+
+# Validation.
+
+
+@torch.inference_mode()
+def validate(
+        model: nn.Module,
+        loader: DataLoader,
+        device: torch.device,
+        autocast: Any = nullcontext,
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Run a model over a loader, and over its parts in all processes.
+
+    Args:
+        model: Model, put in eval mode.
+        loader: Batches of images (B, C, H, W) and labels (B,).
+        device: Where to run it.
+        autocast: Gives the context to run it in.
+
+    Returns:
+        Logits (N, num_classes) in float32 and labels (N,), on the CPU. Several processes change their order.
+    """
+    model.eval()
+    logits, labels = [], []
+    for images, targets in loader:
+        with autocast():
+            logits.append(model(images.to(device)).float().cpu())
+        labels.append(targets)
+    part = (torch.cat(logits), torch.cat(labels)) if logits else None
+    if not dist.is_initialized():
+        assert part is not None, 'no images'
+        return part
+    parts: List[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    parts = [p for p in parts if p is not None]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _metrics(logits: torch.Tensor, labels: torch.Tensor) -> Dict[str, float]:
+    right = (logits.argmax(1) == labels).double()
+    recalls = [right[labels == label].mean() for label in labels.unique()]
+    return {
+        'loss': F.cross_entropy(logits.double(), labels).item(),
+        'top1': 100 * right.mean().item(),
+        'balanced_top1': 100 * torch.stack(recalls).mean().item(),
+    }
