@@ -20,8 +20,8 @@ from timm.layers import create_attn, get_attn
 
 from ..errors import CheckpointMismatchError
 
-__all__ = ['ATTN_LAYERS', 'GATE_LAYERS', 'add_start', 'check_keys', 'create_channel_attn', 'is_attn_key',
-           'layer_names', 'register_start_hook']
+__all__ = ['ATTN_LAYERS', 'GATE_LAYERS', 'IdentityGate', 'add_start', 'check_keys', 'create_channel_attn',
+           'is_attn_key', 'layer_names', 'register_start_hook']
 
 # timm's name of each channel attention -> its last layers before a gate.
 # 'ge' is left out: timm 1.0.31 raises a TypeError on creating one.

@@ -36,7 +36,8 @@ def add_attention(
     attention was not run exactly once, on a feature map of its stage, the network is put back as it was. Every key of
     the network's state dict stays; each attention's keys hold `.se.`. Its checkpoints still load, the attention then
     starts anew. Layer-wise learning rates give an attention the rate of the stage it follows.
-    `timm.create_model('with_attention', base=NAME)` makes the same as a registered model.
+    It is saved as the registered model 'with_attention' of this base, which
+    `timm.create_model('with_attention', base=NAME)` creates at once.
 
     Args:
         model: A convolutional network made by `timm.create_model`, changed in place.
@@ -84,6 +85,12 @@ def add_attention(
                          ) from e
     net.attn_sites = list(stages)
     net.attn_layer = attn_layer
+    cfg, tag = net.pretrained_cfg, net.pretrained_cfg.get('tag')
+    attention = dict(attn_layer=attn_layer, rd_channels=rd_channels, rd_ratio=rd_ratio, gate_layer=gate_layer)
+    net._model_args = {
+        **getattr(net, '_model_args', {}), **{k: v for k, v in attention.items() if v is not None},
+        'base': f'{cfg["architecture"]}.{tag}' if tag else cfg['architecture']}
+    net.pretrained_cfg = net.default_cfg = {**cfg, 'architecture': 'with_attention'}
     if hasattr(net, 'group_matcher'):
         net.group_matcher = partial(_group_matcher, net)
     register_start_hook(net)
@@ -99,7 +106,7 @@ def _find_stages(model: Any) -> 'OrderedDict[str, int]':
     arch = type(model).__name__
     feature_info = getattr(model, 'feature_info', None)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
-    if not isinstance(feature_info, list):
+    if not isinstance(feature_info, list) or 'architecture' not in cfg:
         raise ValueError(
             f'add_attention finds the stages of a network in the feature_info of timm.create_model(name), and '
             f'{arch} has none. Call it on the classification model, before features_only or other wrapping.')
