@@ -16,20 +16,22 @@ import random
 import shutil
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import timm
 import torch
 import yaml
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy import stats
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
-from timm.data import create_dataset, create_transform, resolve_data_config
 from torchvision import transforms
 
-from timm_densese.checkpoints import find_weights
+from timm_densese.checkpoints import find_weights, load_model
+from timm_densese.data.images import find_images
 from timm_densese.data.splits import split_images
-from timm_densese.training import TrainConfig, train, validate
+from timm_densese.files import replace_file
+from timm_densese.metrics import score, softmax, write_metrics
+from timm_densese.predict import compute_logits
+from timm_densese.training import TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results' / 'msld'
@@ -71,22 +73,14 @@ def run(data: Path, output: Path, name: str, recipe: dict, seed: int) -> dict:
     result = train(TrainConfig(**{
         **recipe, 'data_dir': str(data), 'output': str(output), 'model': arch, 'model_kwargs': model_kwargs,
         'seed': seed}))
-    classes = result['classes']
-    model = timm.create_model(
-        arch, num_classes=len(classes), checkpoint_path=str(output / 'model_best.pth.tar'), **model_kwargs)
-    test = create_dataset('', root=str(data), split='test')
-    config = resolve_data_config({'img_size': recipe['img_size']}, model=model)
-    test.transform = create_transform(**config)
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    loader = torch.utils.data.DataLoader(test, 32)
-    logits, labels = validate(model.to(device), loader, device)
-    positive = classes.index('Monkeypox')
-    truth, score = (labels == positive).numpy(), logits.softmax(1)[:, positive].numpy()
-    guess = (logits.argmax(1) == positive).numpy()
+    loaded = load_model(str(output / 'model_best.pth.tar'))
+    paths = find_images([str(data / 'test')])
+    labels = np.array([loaded.class_names.index(path.parent.name) for path in paths])
+    scores = score(labels, softmax(compute_logits(loaded, paths).values.double().numpy()), loaded.class_names)
     shutil.rmtree(output)
     return {
-        'accuracy': accuracy_score(truth, guess), 'balanced_accuracy': balanced_accuracy_score(truth, guess),
-        'f1': f1_score(truth, guess), 'auroc': roc_auc_score(truth, score),
+        **{name: scores[name].item() for name in ('accuracy', 'balanced_accuracy')},
+        **{name: scores[f'{name}/Monkeypox'].item() for name in ('f1', 'auroc')},
         'images': len(labels), 'best_epoch': result['best_epoch'],
     }
 
@@ -157,15 +151,15 @@ def report(runs: list[dict], weights: str, recipe: dict) -> None:
         f'95% interval of {low:.1%} to {high:.1%}; to show {GOAL:.0%} at that confidence takes '
         + (f'{needed:.1%} on these images.' if needed else 'more images than these.')
         + (' It needs ImageNet weights first: none could be downloaded for this run.' if 'scratch' in weights else ''))
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.with_suffix('.json').write_text(json.dumps({
+    replace_file(RESULTS.with_suffix('.json'), json.dumps({
         'weights': weights, 'recipe': recipe, 'split': f'{FOLDS} folds by patient, bytes, look and name; seed 0',
         'torch': torch.__version__, 'timm': timm.__version__, 'python': platform.python_version(),
         'interval': "95%, Student's t over runs, which share images", 'table': table, 'leaking': leaking, 'goal': goal,
         'runs': runs}, indent=1) + '\n')
     write_card_metrics(table, weights, recipe)
 
-    fig, ax = plt.subplots(figsize=(8, 3.6), layout='constrained')
+    figure = Figure(figsize=(8, 3.6), layout='constrained')
+    ax = figure.subplots()
     rows = [*table.items(), *leaking.items()]
     for i, metric in enumerate(METRICS):
         for j, (_, row) in enumerate(rows):
@@ -178,8 +172,7 @@ def report(runs: list[dict], weights: str, recipe: dict) -> None:
            title=f'MSLD, {weights}, {recipe["img_size"]} pixels')
     ax.title.set_fontsize(9)
     ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
-    fig.savefig(RESULTS.with_suffix('.png'), dpi=120)
-    plt.close(fig)
+    figure.savefig(RESULTS.with_suffix('.png'), dpi=120)
     if len(runs) == len(MODELS) * FOLDS * len(SEEDS) + 2:
         print(f'\n| {weights} | runs | ' + ' | '.join(METRICS) + ' |')
         print('|---' * (len(METRICS) + 2) + '|')
@@ -195,12 +188,12 @@ def write_card_metrics(table: dict, weights: str, recipe: dict) -> None:
     metrics = {name: {metric: {'value': m.pop('mean'), **m} for metric in METRICS if (m := dict(row[metric]))}
                for name, row in table.items()}
     ours = "se_densenet121 'final'"
-    RESULTS.with_name('se_densenet121_msld.json').write_text(json.dumps({
+    write_metrics(RESULTS.with_name('se_densenet121_msld.json'), {
         'dataset': {'name': 'MSLD', 'split': 'test'}, 'command': 'python benchmarks/msld.py DIR',
         'conditions': f'Trained {weights}, {recipe["img_size"]} pixels, {recipe["epochs"]} epochs; means over '
                       f'{table[ours]["runs"]} runs of {FOLDS} folds that part no patient.',
         'interval': "95%, Student's t over runs, which share images", 'metrics': metrics.pop(ours),
-        'comparison': metrics}, indent=1) + '\n')
+        'comparison': metrics})
 
 
 if __name__ == '__main__':

@@ -100,7 +100,7 @@ def test_explain_writes_overlays_and_profiles(trained, tmp_path, capsys):
     before = trained[1].parent / 'checkpoint-0.pth.tar'
     before = before if before.exists() else trained[1].with_name('last.pth.tar')
     try:
-        assert main(['explain', str(trained[1]), str(trained[0] / 'test'), '--out', str(tmp_path / 'out'),
+        assert main(['explain', str(trained[1]), str(trained[0] / 'test'), '--output', str(tmp_path / 'out'),
                      '--before', str(before)]) == 0
     finally:
         broken.unlink()
@@ -112,9 +112,9 @@ def test_explain_writes_overlays_and_profiles(trained, tmp_path, capsys):
     assert Image.open(overlays[0]).size == (64, 32)
     profile = json.loads((tmp_path / 'out' / 'excitation.json').read_text())
     assert profile['images'] == {'spots': 12, 'stripes': 12}
-    separations = [site['separation'] for site in profile['sites'].values()]
-    assert separations == sorted(separations, reverse=True)
-    assert 0 < separations[0] <= 1
+    etas = [site['eta_squared'] for site in profile['sites'].values()]
+    assert etas == sorted(etas, reverse=True)
+    assert 0 < etas[0] <= 1
     with open(tmp_path / 'out' / 'excitation.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * sum(site['channels'] for site in profile['sites'].values())
@@ -122,7 +122,7 @@ def test_explain_writes_overlays_and_profiles(trained, tmp_path, capsys):
     assert Image.open(tmp_path / 'out' / 'excitation.png').size[0] > 400
 
 
-def test_saturated_dead_and_separating_gates(tmp_path, monkeypatch, trained):
+def test_saturated_dead_and_eta_squared(tmp_path, monkeypatch, trained):
     from timm_densese import explain as module
     loaded = module.load_model(str(trained[1]))
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_saturated_dead_and_separating_gates(tmp_path, monkeypatch, trained):
         fc2.bias.copy_(torch.tensor([9.] * 3 + [-9.] * 2 + [0.] * (len(fc2.bias) - 5)))
     monkeypatch.setattr(module, 'load_model', lambda name, device: loaded)
     site = explain('', [str(trained[0] / 'test')], tmp_path / 'out')['sites']['features.se3']
-    assert (site['saturated'], site['dead'], site['separation']) == (3, 2, 0)
+    assert (site['saturated'], site['dead'], site['eta_squared']) == (3, 2, 0)
 
 
 def test_explain_refuses(trained, hub, tmp_path):

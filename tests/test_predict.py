@@ -15,7 +15,7 @@ from timm_densese.checkpoints import load_model
 from timm_densese.cli import main
 from timm_densese.data.images import find_images, read_image
 from timm_densese.errors import ImagesError
-from timm_densese.predict import read_temperature
+from timm_densese.predict import predict
 
 
 def test_prints_a_table_json_and_csv(trained, tmp_path, capsys):
@@ -29,7 +29,7 @@ def test_prints_a_table_json_and_csv(trained, tmp_path, capsys):
     assert 'not calibrated' in said.err
     assert '24/24' in said.err  # progress
 
-    assert main([*args, '--json', '--csv', str(tmp_path / 'a' / 'p.csv'), '--calibration',
+    assert main([*args, '--json', '--output', str(tmp_path / 'a' / 'p.csv'), '--calibration',
                  str(tmp_path / 'metrics.json')]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found['calibrated']
@@ -47,6 +47,20 @@ def test_prints_a_table_json_and_csv(trained, tmp_path, capsys):
         i = ['spots', 'stripes'].index(prediction['class'])
         assert prediction['probability'] == pytest.approx(expected[i].item(), rel=1e-4)
         assert any(row['file'] == path and float(row['probability']) == prediction['probability'] for row in rows)
+
+
+def test_rows_for_python(trained, tmp_path):
+    shutil.copy(min((trained[0] / 'test' / 'spots').iterdir()), tmp_path / 'b.png')
+    (tmp_path / 'a.png').write_bytes(b'')
+    rows = predict(str(trained[1]), [str(tmp_path)], top_k=1)
+    assert [row['file'] for row in rows] == [str(tmp_path / 'a.png'), str(tmp_path / 'b.png')]
+    assert 'UnidentifiedImageError' in rows[0]['error']
+    loaded = load_model(str(trained[1]))
+    assert predict(loaded, [str(tmp_path / 'b.png')], top_k=1) == rows[1:]
+    cold, = predict(loaded, [str(tmp_path / 'b.png')], temperature=.5)
+    warm, = predict(loaded, [str(tmp_path / 'b.png')])
+    ratio, doubled = (p[0]['probability'] / p[1]['probability'] for p in (warm['predictions'], cold['predictions']))
+    assert doubled == pytest.approx(ratio ** 2, rel=1e-4)
 
 
 def test_what_cannot_be_read_stops_nothing(trained, tmp_path):
@@ -105,11 +119,3 @@ def test_find_images(tmp_path):
     assert names('odd', 'a/**/*.JPG', 'a') == ['odd', 'a/b/2.JPG', 'a/1.png']
     with pytest.raises(ImagesError, match='there are no images'):
         names('a', 'missing/*.png')
-
-
-@pytest.mark.parametrize('content', ['', '[]', '{}', '{"temperature": null}', '{"temperature": -1}',
-                                     '{"temperature": NaN}'])
-def test_calibration_that_is_none(tmp_path, content):
-    (tmp_path / 'c.json').write_text(content)
-    with pytest.raises(ImagesError, match='temperature'):
-        read_temperature(tmp_path / 'c.json')

@@ -155,14 +155,14 @@ def test_arguments_inside_the_checkpoint(owner, tmp_path):
 def test_folder_instead_of_the_hub(tmp_path, capsys, hub):
     checkpoint, net = save_run(tmp_path / 'run')
     asked = len(hub.requests)
-    assert main(['publish', str(checkpoint), 'owner/name', '--to', str(tmp_path / 'out')]) == 0
+    assert main(['publish', str(checkpoint), 'owner/name', '--output', str(tmp_path / 'out')]) == 0
     assert len(hub.requests) == asked
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['README.md', 'config.json', 'model.safetensors']
     assert same(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), net)
 
     (tmp_path / 'out' / 'notes.txt').write_text('mine')
     capsys.readouterr()
-    assert main(['publish', str(checkpoint), 'owner/name', '--to', str(tmp_path / 'out')]) == 1
+    assert main(['publish', str(checkpoint), 'owner/name', '--output', str(tmp_path / 'out')]) == 1
     assert 'not empty' in capsys.readouterr().err
     assert (tmp_path / 'out' / 'notes.txt').read_text() == 'mine'
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []

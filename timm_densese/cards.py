@@ -2,9 +2,7 @@
 
 A card holds what was counted, recorded or measured, and nothing else: a number that no file gives is not there.
 """
-import json
 import re
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
 import timm
@@ -13,10 +11,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .data.msld import MSLD_TERMS
 from .errors import PublishError
+from .metrics import format_metric
 from .models.se_densenet import SEDenseNet, default_cfgs
 from .models.stats import model_stats, placement_stats
 
-__all__ = ['finetune_card', 'read_metrics', 'registered_card']
+__all__ = ['finetune_card', 'registered_card']
 
 _PAPERS = """\
 - Densely Connected Convolutional Networks: https://arxiv.org/abs/1608.06993
@@ -107,43 +106,13 @@ _RECIPE = (
     'patience', 'seed')
 
 
-def read_metrics(path: Path) -> Dict[str, Any]:
-    """Read measured metrics.
-
-    Args:
-        path: JSON file: `dataset` (`name`, and `split`, `images`, `groups` where known), `command` (what measured it),
-            `metrics` (name -> `value`, and `low` and `high` of an interval), and where known `interval` (which kind),
-            `conditions`, `comparison` (model -> metrics as above).
-
-    Returns:
-        What the file holds.
-
-    Raises:
-        PublishError: It is not such a file.
-    """
-    try:
-        results = json.loads(path.read_text())
-        for text in (results['dataset']['name'], results['command']):
-            if not isinstance(text, str):
-                raise TypeError(f'{text!r} is not a text')
-        for table in (results['metrics'], *results.get('comparison', {}).values()):
-            for metric in table.values():
-                float(metric['value'])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise PublishError(
-            f'--metrics {path} cannot be used ({type(e).__name__}: {e}). It must be JSON such as '
-            f'{{"dataset": {{"name": "...", "split": "test"}}, "command": "what measured it", '
-            f'"metrics": {{"accuracy": {{"value": 0.9, "low": 0.8, "high": 0.95}}}}}}.') from e
-    return results
-
-
 def registered_card(name: str, metrics: Optional[Dict[str, Any]] = None) -> ModelCard:
     """Make the card of a registered model, which starts from a DenseNet's weights.
 
     Args:
         name: Name of the model, `se_densenet121` for example.
-        metrics: Metrics of what was trained from it, see `read_metrics`. They are shown, and are not in the metadata,
-            which is about the weights themselves.
+        metrics: Metrics of what was trained from it, see `timm_densese.metrics.read_metrics`. They are shown, and are
+            not in the metadata, which is about the weights themselves.
 
     Returns:
         The card.
@@ -199,7 +168,7 @@ def finetune_card(
         recipe: The run's options.
         trained: What is known of the training beyond its options.
         msld: The images are MSLD's.
-        metrics: Measured metrics, see `read_metrics`.
+        metrics: Measured metrics, see `timm_densese.metrics.read_metrics`.
 
     Returns:
         The card.
@@ -260,22 +229,16 @@ def _results(metrics: Optional[Dict[str, Any]], name: str) -> str:
     if not metrics:
         return 'Accuracy: not measured.'
     dataset = metrics['dataset']
-    where = ', '.join(filter(None, [
+    images = ', '.join(filter(None, [
         _plain(dataset['name']), dataset.get('split') and f'{_plain(dataset["split"])} split',
         dataset.get('images') and f'{dataset["images"]} images',
         dataset.get('groups') and f'{dataset["groups"]} patients or groups']))
     tables = {name: metrics['metrics'], **metrics.get('comparison', {})}
     names = list(metrics['metrics'])
-
-    def cell(metric: Optional[Dict[str, float]]) -> str:
-        if metric is None:
-            return ''
-        interval = f' ({metric["low"]:.3f} to {metric["high"]:.3f})' if 'low' in metric else ''
-        return f'{metric["value"]:.3f}{interval}'
-
     lines = ['|model|' + '|'.join(map(_plain, names)) + '|', '|---|' + '---|' * len(names)]
-    lines += [f'|{_plain(what)}|' + '|'.join(cell(table.get(n)) for n in names) + '|' for what, table in tables.items()]
-    notes = [f'Measured by `{metrics["command"]}` on {where}.', metrics.get('conditions', ''),
+    lines += [f'|{_plain(what)}|' + '|'.join(format_metric(table[n]) if n in table else '' for n in names) + '|'
+              for what, table in tables.items()]
+    notes = [f'Measured by `{metrics["command"]}` on {images}.', metrics.get('conditions', ''),
              f'In brackets: {metrics["interval"]}.' if metrics.get('interval') else '']
     return ' '.join(filter(None, notes)) + '\n\n' + '\n'.join(lines)
 

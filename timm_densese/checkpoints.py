@@ -158,9 +158,10 @@ def load_model(of: str, device: str = '') -> Checkpoint:
 
 
 def _load_pretrained(of: str) -> Checkpoint:
-    scheme, _, where = of.rpartition(':')
-    if scheme == 'local-dir' and not (Path(where) / 'config.json').is_file():
-        raise ModelNotFoundError(f'{where} has no config.json: give a folder that `timm-densese publish --to` wrote.')
+    scheme, _, name = of.rpartition(':')
+    if scheme == 'local-dir' and not (Path(name) / 'config.json').is_file():
+        raise ModelNotFoundError(
+            f'{name} has no config.json: give a folder that `timm-densese publish --output` wrote.')
     if not scheme and not is_model(of):
         hint = f' It is a folder: give a checkpoint in it, or local-dir:{of}.' if Path(of).is_dir() else ''
         raise ModelNotFoundError(
@@ -168,7 +169,7 @@ def _load_pretrained(of: str) -> Checkpoint:
             f'as those of `timm-densese models`.')
     if not scheme and not get_pretrained_cfg(of).has_weights:  # type: ignore[union-attr]
         raise ModelNotFoundError(f'{of} has no pretrained weights. Give a checkpoint of it.')
-    with hub_errors(where, 'load'):
+    with hub_errors(name, 'load'):
         net: Any = timm.create_model(of, pretrained=True).eval()
     labels = list(net.pretrained_cfg.get('label_names') or [])
     if not labels and net.num_classes == 1000:

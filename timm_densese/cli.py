@@ -61,6 +61,11 @@ def main(argv: Optional[List[str]] = None) -> int:
 # Each command imports what it runs when it runs, so that none needs another's extras.
 
 
+def _add_output(parser: Any, old: str, metavar: str = 'DIR', **kwargs: Any) -> None:
+    """Add --output; the spelling that 0.1.0 had is still understood, and not shown."""
+    parser.add_argument('--output', old, type=Path, metavar=metavar, **kwargs).option_strings = ['--output']
+
+
 def _add_models(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .models.stats import models_table
@@ -73,7 +78,7 @@ def _add_models(commands: Any) -> None:
 def _add_demo(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .demo import run_demo
-        run_demo(args.data, args.output)
+        run_demo(data=args.data, output=args.output)
 
     parser = commands.add_parser('demo', help='fine-tune se_densenet121 for a few minutes, reload it, predict an image')
     parser.add_argument('--data', type=Path, help='folder with a folder of images a class (default: a generated set)')
@@ -84,24 +89,25 @@ def _add_demo(commands: Any) -> None:
 def _add_data(commands: Any) -> None:
     def run_msld(args: argparse.Namespace) -> None:
         from .data.msld import download_msld
-        download_msld(args.out, **({'base_url': args.base_url} if args.base_url else {}))
+        download_msld(out=args.output, **({'base_url': args.base_url} if args.base_url else {}))
 
     def run_split(args: argparse.Namespace) -> None:
         from .data.splits import split_images
         split_images(
-            args.src, args.out, args.val, args.test, args.seed, args.folds, args.groups, args.group_regex, args.report)
+            src=args.src, out=args.output, val=args.val, test=args.test, seed=args.seed, folds=args.folds,
+            groups=args.groups, group_regex=args.group_regex, report=args.report)
 
     parser = commands.add_parser('data', help='get and split image folders')
     actions = parser.add_subparsers(required=True, metavar='ACTION')
 
     msld = actions.add_parser('msld', help='download the monkeypox images (research only, never for diagnosis)')
-    msld.add_argument('--out', type=Path, required=True, help='folder to write to')
+    _add_output(msld, '--out', required=True, help='folder to write to')
     msld.add_argument('--base-url', help='a mirror of the source repository')
     msld.set_defaults(run=run_msld)
 
     split = actions.add_parser('split', help='split a folder of class folders, parting no patient and no copies')
     split.add_argument('src', type=Path, metavar='SRC', help='folder with a folder of images a class')
-    split.add_argument('--out', type=Path, required=True, help='folder to write train/, val/, test/ and split.csv to')
+    _add_output(split, '--out', required=True, help='folder to write train/, val/, test/ and split.csv to')
     split.add_argument('--val', type=float, default=.1, help='share to validate on (%(default)s)')
     split.add_argument('--test', type=float, default=.2, help='share to test on (%(default)s)')
     split.add_argument('--seed', type=int, default=0, help='seed (%(default)s)')
@@ -115,10 +121,11 @@ def _add_data(commands: Any) -> None:
 def _add_run(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .scripts import run_script
-        run_script(args.script, args.args, args.timm_scripts)
+        run_script(script=args.script, args=args.args, scripts_dir=args.timm_scripts)
 
     parser = commands.add_parser('run', help="run one of timm's own scripts with the models registered")
-    parser.add_argument('--timm-scripts', type=Path, metavar='DIR', help='folder of the scripts (or set TIMM_SCRIPTS)')
+    parser.add_argument('--timm-scripts', type=Path, metavar='DIR',
+                        help='folder of the scripts (default: the environment variable TIMM_SCRIPTS)')
     parser.add_argument('script', help='train.py, validate.py, inference.py, benchmark.py, onnx_export.py, ...')
     parser.add_argument('args', nargs=argparse.REMAINDER, help="the script's arguments")
     parser.set_defaults(run=run)
@@ -137,13 +144,13 @@ def _add_batches(parser: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .evaluate import evaluate
-        evaluate(args.model, args.data, args.report, args.split, args.compare, args.device, args.batch_size,
-                 args.workers, args.seed)
+        evaluate(model=args.model, data=args.data, output=args.output, split=args.split, compare=args.compare,
+                 device=args.device, batch_size=args.batch_size, workers=args.workers, seed=args.seed)
 
     parser = commands.add_parser('evaluate', help='score a model, with intervals by patient, and write a report')
     _add_model(parser)
     parser.add_argument('data', type=Path, metavar='DIR', help='folder with test/CLASS/ and val/CLASS/, or CLASS/')
-    parser.add_argument('--report', type=Path, required=True, metavar='OUT', help='folder to write')
+    _add_output(parser, '--report', required=True, help='folder to write')
     parser.add_argument('--split', default='', help='folder of DIR to score (default: test, or DIR itself)')
     parser.add_argument('--compare', default='', metavar='MODEL', help='another model to compare with in pairs')
     parser.add_argument('--seed', type=int, default=0, help='seed of the bootstrap (%(default)s)')
@@ -154,12 +161,12 @@ def _add_evaluate(commands: Any) -> None:
 def _add_explain(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .explain import explain
-        explain(args.model, args.images, args.out, args.before, args.device)
+        explain(model=args.model, images=args.images, output=args.output, before=args.before, device=args.device)
 
     parser = commands.add_parser('explain', help='draw Grad-CAM overlays and what the gates do')
     _add_model(parser)
     parser.add_argument('images', nargs='+', metavar='IMAGES', help='files, folders (of class folders) or patterns')
-    parser.add_argument('--out', type=Path, required=True, help='folder to write')
+    _add_output(parser, '--out', required=True, help='folder to write')
     parser.add_argument('--before', default='', metavar='MODEL', help='the model before fine-tuning, for its gates')
     parser.set_defaults(run=run)
 
@@ -167,8 +174,9 @@ def _add_explain(commands: Any) -> None:
 def _add_predict(commands: Any) -> None:
     def run(args: argparse.Namespace) -> int:
         from .predict import predict_files
-        return min(1, predict_files(args.model, args.images, args.top_k, args.calibration, args.json, args.csv,
-                                    args.device, args.batch_size, args.workers))
+        return min(1, predict_files(
+            model=args.model, images=args.images, top_k=args.top_k, calibration=args.calibration, as_json=args.json,
+            output=args.output, device=args.device, batch_size=args.batch_size, workers=args.workers))
 
     parser = commands.add_parser('predict', help='print the most probable classes of images')
     _add_model(parser)
@@ -176,7 +184,7 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument('-k', '--top-k', type=int, default=5, help='classes to show (%(default)s)')
     _add_calibration(parser)
     parser.add_argument('--json', action='store_true', help='print JSON')
-    parser.add_argument('--csv', type=Path, metavar='FILE', help='file to write')
+    _add_output(parser, '--csv', metavar='FILE', help='CSV file to write, too')
     _add_batches(parser)
     parser.set_defaults(run=run)
 
@@ -188,7 +196,7 @@ def _add_calibration(parser: Any) -> None:
 def _add_serve(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .serve import serve
-        serve(args.model, args.calibration, args.device, args.port)
+        serve(model=args.model, calibration=args.calibration, device=args.device, port=args.port)
 
     parser = commands.add_parser('serve', help='open a local web page to try a model')
     _add_model(parser)
@@ -211,8 +219,9 @@ def _add_publish(commands: Any) -> None:
 
     def run(args: argparse.Namespace) -> None:
         from .publish import publish
-        publish(args.checkpoint, args.repo, args.model, args.model_kwargs, args.metrics, args.data, args.private,
-                args.revision, args.pr, args.to, confirm)
+        publish(checkpoint=args.checkpoint, repo_id=args.repo, model=args.model, model_kwargs=args.model_kwargs,
+                metrics=args.metrics, data=args.data, private=args.private, revision=args.revision, create_pr=args.pr,
+                output=args.output, confirm=confirm)
 
     parser = commands.add_parser('publish', help='push a checkpoint to the Hugging Face Hub, with a model card')
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='OUTPUT/model_best.pth.tar, for example')
@@ -221,20 +230,21 @@ def _add_publish(commands: Any) -> None:
     parser.add_argument('--private', action='store_true', help='make a new repository private')
     parser.add_argument('--revision', help='branch to commit to, made if there is none')
     parser.add_argument('--pr', action='store_true', help='open a pull request instead of committing')
-    parser.add_argument('--to', type=Path, metavar='DIR', help='write the files to a folder instead')
+    _add_output(parser, '--to', help='write the files to this folder instead')
     parser.set_defaults(run=run)
 
 
 def _add_card(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .publish import write_card
-        write_card(args.of, args.repo, args.model, args.model_kwargs, args.metrics, args.data, args.out)
+        write_card(of=args.of, repo_id=args.repo, model=args.model, model_kwargs=args.model_kwargs,
+                   metrics=args.metrics, data=args.data, output=args.output)
 
     parser = commands.add_parser('card', help='make the model card of a registered model or of a checkpoint')
     parser.add_argument('of', metavar='MODEL|CHECKPOINT', help='se_densenet121, or OUTPUT/model_best.pth.tar')
     parser.add_argument('repo', nargs='?', metavar='OWNER/NAME', help='where a checkpoint is published')
     _add_checkpoint_options(parser)
-    parser.add_argument('--out', type=Path, help='file to write (default: print it)')
+    _add_output(parser, '--out', metavar='FILE', help='file to write (default: print it)')
     parser.set_defaults(run=run)
 
 

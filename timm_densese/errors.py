@@ -1,5 +1,8 @@
 """What a user can put right: a class for each cause, and a message that says what was found and what to do."""
+import importlib.util
+import re
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Iterator, List
 
 from huggingface_hub import constants, try_to_load_from_cache
@@ -19,13 +22,16 @@ __all__ = [
     'DownloadError',
     'HubError',
     'ImagesError',
+    'MetricsError',
     'ModelConfigError',
     'ModelNotFoundError',
     'PublishError',
     'ScriptError',
     'SplitError',
+    'TimmVersionError',
     'TrainingError',
     'UserError',
+    'check_timm',
     'hub_errors',
 ]
 
@@ -80,6 +86,10 @@ class ImagesError(UserError, ValueError):
     """Images, their classes or their splits do not allow what was asked; nothing was written."""
 
 
+class MetricsError(UserError, ValueError):
+    """A metrics.json cannot be used as was asked."""
+
+
 class PublishError(UserError, ValueError):
     """A model cannot be published as was asked; nothing was sent or written."""
 
@@ -100,8 +110,37 @@ class SplitError(UserError, ValueError):
     """A folder of images cannot be split as was asked; nothing was written."""
 
 
+class TimmVersionError(UserError, ImportError):
+    """The timm that Python finds is too old."""
+
+
 class TrainingError(UserError, RuntimeError):
     """Training cannot start or go on; the checkpoints written so far stay."""
+
+
+_TIMM_NEEDED = (1, 0, 31)  # as pyproject.toml has it
+
+
+def check_timm() -> None:
+    """Refuse a timm that is too old, without importing it.
+
+    Python may find another than the one that pip installed: a script started inside a checkout finds the checkout's.
+
+    Raises:
+        TimmVersionError: It is too old; the message says which was found where.
+    """
+    spec = importlib.util.find_spec('timm')
+    if spec is None or spec.origin is None:
+        return  # its import says what is missing
+    folder = Path(spec.origin).parent
+    version = folder / 'version.py'
+    found = re.search(r"__version__ = ['\"]([^'\"]+)", version.read_text()) if version.is_file() else None
+    numbers = tuple(map(int, re.findall(r'\d+', found[1])[:3])) if found else ()
+    if found and numbers < _TIMM_NEEDED:
+        raise TimmVersionError(
+            f'timm_densese needs timm {".".join(map(str, _TIMM_NEEDED))} or newer, and Python finds timm {found[1]} in '
+            f'{folder}. If that is a checkout, start Python in another folder, or check out a newer version there; '
+            f"else run: pip install --upgrade timm")
 
 
 # requests.HTTPError (an OSError) or httpx.HTTPError: huggingface_hub's versions differ.
@@ -144,8 +183,8 @@ def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
         raise _hub_error(e, repo_id, doing, advice) from e
     except SafetensorError as e:
         file = try_to_load_from_cache(repo_id.split('@')[0], 'model.safetensors')
-        where = f'Delete {file} and run again' if isinstance(file, str) else 'Download it again'
-        advice = f'Its model.safetensors is damaged. {where}; if it fails again, tell its owner.'
+        remedy = f'Delete {file} and run again' if isinstance(file, str) else 'Download it again'
+        advice = f'Its model.safetensors is damaged. {remedy}; if it fails again, tell its owner.'
         raise _hub_error(e, repo_id, doing, advice) from e
     except HfHubHTTPError as e:
         status = e.response.status_code if e.response is not None else 0

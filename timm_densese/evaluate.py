@@ -1,8 +1,7 @@
 """Scores that can be trusted: with intervals by patient, calibration, leaks told, and one page that shows them."""
 import csv
-import json
 from pathlib import Path
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
 import numpy as np
 from timm.data import ImageNetInfo
@@ -11,9 +10,20 @@ from .checkpoints import Checkpoint, load_model, short_name
 from .data.images import list_images
 from .errors import ImagesError
 from .files import check_new_folder, new_folder, sha256
-from .metrics import Scores, _compare, _confusion, _resample, _scores, _softmax, _with_intervals, fit_temperature
-from .predict import Logits, compute_logits
-from .report import _cell, _figures, _page, _Split
+from .metrics import (
+    Scores,
+    bootstrap,
+    compare_models,
+    confusion_matrix,
+    fit_temperature,
+    format_metric,
+    score,
+    softmax,
+    with_intervals,
+    write_metrics,
+)
+from .predict import compute_logits
+from .report import draw_figures, write_page
 
 __all__ = ['evaluate']
 
@@ -21,7 +31,7 @@ __all__ = ['evaluate']
 def evaluate(
         model: str,
         data: Path,
-        report: Path,
+        output: Path,
         split: str = '',
         compare: str = '',
         device: str = '',
@@ -38,7 +48,7 @@ def evaluate(
     Args:
         model: What `timm_densese.checkpoints.load_model` takes.
         data: Folder with test/CLASS/ (and val/CLASS/, split.csv), or with CLASS/.
-        report: Folder to write, which must not exist or be empty: report.html (one file, needs no network),
+        output: Folder to write, which must not exist or be empty: report.html (one file, needs no network),
             metrics.json (which `timm-densese publish --metrics` reads), confusion.png, roc.png, pr.png,
             reliability.png.
         split: Folder in `data` that is scored: test where it is there, else `data` itself.
@@ -54,11 +64,11 @@ def evaluate(
 
     Raises:
         ImagesError: The folders or classes do not fit the model.
-        UserError: The model cannot be loaded, or `report` is not empty.
+        UserError: The model cannot be loaded, or `output` is not empty.
     """
     import sklearn.metrics  # noqa: F401  it is missed before there is work to lose
 
-    check_new_folder(report, '--report')
+    check_new_folder(output, '--output')
     if not data.is_dir():
         raise ImagesError(f'{data} is not a folder.')
     loaded = load_model(model, device)
@@ -83,14 +93,14 @@ def evaluate(
     else:
         warnings.append('There is no val/ to fit a temperature on: calibration is measured and not mended.')
 
-    probabilities = _softmax(scored.logits)
-    calibrated = None if temperature is None else _softmax(scored.logits / temperature)
-    samples = _resample(scored.groups, seed, resamples)
+    probabilities = softmax(scored.logits)
+    calibrated = None if temperature is None else softmax(scored.logits / temperature)
+    samples = bootstrap(scored.groups, resamples, seed)
 
-    def measure(i: Any) -> Scores:
-        return _scores(scored.labels[i], probabilities[i], classes, None if calibrated is None else calibrated[i])
+    def measure(weights: Optional[np.ndarray]) -> Scores:
+        return score(scored.labels, probabilities, classes, calibrated, weights)
 
-    with_intervals = _with_intervals(measure, samples, 'bootstrap')
+    scores = with_intervals(measure, samples)
     grouped = len(set(scored.groups)) < len(scored.groups)
     unit = 'patients or groups' if grouped else 'images'
     results: Dict[str, Any] = {
@@ -100,10 +110,10 @@ def evaluate(
         'interval': f'95% interval, percentiles of {len(samples)} bootstrap samples of {unit}' if len(samples) else '',
         'conditions': ' '.join(warnings),
         'model': short_name(model), 'classes': classes, 'temperature': temperature, 'warnings': warnings,
-        'metrics': {k: v for k, v in with_intervals.items() if '/' not in k},
-        'per_class': {name: {k.split('/')[0]: v for k, v in with_intervals.items() if k.endswith(f'/{name}')}
+        'metrics': {k: v for k, v in scores.items() if '/' not in k},
+        'per_class': {name: {k.split('/')[0]: v for k, v in scores.items() if k.endswith(f'/{name}')}
                       for name in classes},
-        'confusion': _confusion(scored.labels, probabilities).tolist(),
+        'confusion': confusion_matrix(scored.labels, probabilities).tolist(),
         'unreadable': scored.unreadable,
         'predictions': [
             {'file': str(path.relative_to(data)), 'label': classes[label], 'group': int(group),
@@ -116,28 +126,47 @@ def evaluate(
         other = load_model(compare, device)
         if _classes(other, data / split, compare) != classes:
             raise ImagesError(f'{compare} has the classes {other.label_names}, {model} has {classes}.')
-        rival = _run_split(other, data, split, classes, batch_size, workers)
-        results.update(_compare(
-            scored.labels, probabilities, _softmax(rival.logits), classes, samples, short_name(compare)))
+        baseline = _run_split(other, data, split, classes, batch_size, workers)
+        results.update(compare_models(
+            scored.labels, probabilities, softmax(baseline.logits), classes, samples, short_name(compare)))
 
-    figures = _figures(scored.labels, probabilities, calibrated, classes)
-    with new_folder(report) as work:
+    figures = draw_figures(scored.labels, probabilities, calibrated, classes)
+    with new_folder(output) as work:
         for name, content in figures.items():
             (work / name).write_bytes(content)
-        (work / 'metrics.json').write_text(json.dumps(results, indent=1))
-        (work / 'report.html').write_text(_page(results, figures, scored, probabilities), encoding='utf-8')
-    _print(results, report)
+        write_metrics(work / 'metrics.json', results)
+        write_page(work / 'report.html', results, figures, scored.paths, scored.labels, probabilities)
+    _print(results, output)
     return results
 
 
 # Images, classes and groups.
 
 
+class _Scored(NamedTuple):
+    """Images of a split that could be read, and what a model says of them.
+
+    Attributes:
+        paths: Files, (N,).
+        labels: Indices of their classes, (N,).
+        logits: (N, num_classes).
+        groups: Number of the patient or group of each, (N,); each its own where they are not known.
+        hashes: SHA-256 of each file, (N,).
+        unreadable: Files that could not be read, with the reason.
+    """
+    paths: List[Path]
+    labels: np.ndarray
+    logits: np.ndarray
+    groups: np.ndarray
+    hashes: List[str]
+    unreadable: Dict[str, str]
+
+
 def _classes(loaded: Checkpoint, folder: Path, model: str) -> List[str]:
     """The model's classes in the order of its logits, which the folders must be among."""
     if not folder.is_dir():
         raise ImagesError(f'{folder} is not a folder. Choose another --split, or make the splits with '
-                          f'`timm-densese data split SRC --out DIR`.')
+                          f'`timm-densese data split SRC --output DIR`.')
     found = list_images(folder).classes
     labels = loaded.label_names or found
     synsets: List[str] = ImageNetInfo('imagenet-1k').label_names()
@@ -161,13 +190,13 @@ def _run_split(
         classes: List[str],
         batch_size: int,
         workers: int,
-) -> _Split:
+) -> _Scored:
     folder = data / split
     images = list_images(folder)
     place = {label: classes.index(name) for label, name in enumerate(images.classes) if name in classes}
     paths = [path for path, label in images.samples if label in place]
     labels = np.array([place[label] for _, label in images.samples if label in place])
-    found: Logits = compute_logits(loaded, paths, batch_size, workers, desc=split or folder.name)
+    found = compute_logits(loaded, paths, batch_size, workers, desc=split or folder.name)
     if not found.indices:
         raise ImagesError(f'None of the {len(paths)} images of {folder} can be read, the first for '
                           f'{next(iter(found.errors.values()))}.')
@@ -176,7 +205,7 @@ def _run_split(
     known = {digest: int(row['group']) for row in _split_table(data)[0] for digest in _row_hashes(row)}
     # An image that the table does not know is a group of its own.
     groups = [known.get(digest, -1 - i) for i, digest in enumerate(hashes)]
-    return _Split(
+    return _Scored(
         good, labels[found.indices],
         found.values.double().numpy(), np.unique(groups, return_inverse=True)[1], hashes,
         {str(paths[i].relative_to(data)): error for i, error in found.errors.items()})
@@ -201,7 +230,7 @@ def _row_hashes(row: Dict[str, str]) -> Set[str]:
     return {row[column] for column in ('sha256', 'stored_sha256') if row.get(column)}
 
 
-def _leaks(scored: _Split, data: Path, recipe: Dict[str, Any]) -> List[str]:
+def _leaks(scored: _Scored, data: Path, recipe: Dict[str, Any]) -> List[str]:
     """What the scored images share with those trained on, by hashes and by the groups of split.csv."""
     hashes: Set[str] = set()
     groups: Set[int] = set()
@@ -229,12 +258,12 @@ def _leaks(scored: _Split, data: Path, recipe: Dict[str, Any]) -> List[str]:
     return warnings
 
 
-def _print(results: Dict[str, Any], report: Path) -> None:
+def _print(results: Dict[str, Any], output: Path) -> None:
     for warning in results['warnings']:
         print(f'WARNING: {warning}')
     for name, metric in results['metrics'].items():
-        print(f'{name:22} {_cell(metric)}')
+        print(f'{name:22} {format_metric(metric)}')
     if 'paired' in results:
         for name, metric in results['paired']['differences'].items():
-            print(f'{name + ", difference":22} {_cell(metric)}')
-    print(f'{report / "report.html"} shows it, {report / "metrics.json"} goes to `timm-densese publish --metrics`.')
+            print(f'{name + ", difference":22} {format_metric(metric)}')
+    print(f'{output / "report.html"} shows it, {output / "metrics.json"} goes to `timm-densese publish --metrics`.')

@@ -122,7 +122,7 @@ def read_gates(model: Any, images: torch.Tensor) -> Dict[str, torch.Tensor]:
 def explain(
         model: str,
         images: Sequence[str],
-        out: Path,
+        output: Path,
         before: str = '',
         device: str = '',
         batch_size: int = 16,
@@ -133,9 +133,9 @@ def explain(
         model: What `timm_densese.checkpoints.load_model` takes.
         images: Files, folders and patterns. Where a folder above an image is named as a class, that is its class; the
             others count for the class that the model gives them.
-        out: Folder to write, which must not exist or be empty: cam/ with an overlay for each image, and for
-            SE-DenseNets excitation.csv (site, channel, class, mean gate), excitation.json (what separates classes,
-            saturated and dead gates, by site) and excitation.png.
+        output: Folder to write, which must not exist or be empty: cam/ with an overlay for each image, and for
+            SE-DenseNets excitation.csv (site, channel, class, mean gate), excitation.json (by site: eta squared,
+            saturated and dead gates) and excitation.png.
         before: The model before fine-tuning, to draw its gates, too.
         device: Device, by default CUDA where there is one.
         batch_size: Images a batch.
@@ -145,11 +145,11 @@ def explain(
 
     Raises:
         ImagesError: There are no images, or none can be read.
-        UserError: A model cannot be loaded, or `out` is not empty.
+        UserError: A model cannot be loaded, or `output` is not empty.
     """
     import pytorch_grad_cam  # noqa: F401  it is missed before there is work to lose
 
-    check_new_folder(out, '--out')
+    check_new_folder(output, '--output')
     paths = find_images(images)
     loaded = load_model(model, device)
     earlier = load_model(before, device) if before else None
@@ -158,7 +158,7 @@ def explain(
         raise ImagesError(f'{before} has its attention in other places than {model}.')
     names = loaded.class_names
 
-    with new_folder(out) as work:
+    with new_folder(output) as work:
         (work / 'cam').mkdir()
         labels: List[int] = []
         gates: Dict[str, List[torch.Tensor]] = {site: [] for site in sites}
@@ -190,11 +190,11 @@ def explain(
             joined_before = {site: torch.cat(values).numpy() for site, values in gates_before.items() if values}
             profile = _profile(joined, joined_before, np.array(labels), names)
             _write_profile(work, profile, joined, joined_before, np.array(labels), names)
-    print(f'{len(labels)} overlays in {out / "cam"}')
+    print(f'{len(labels)} overlays in {output / "cam"}')
     if not sites:
         print(f'{model} has no attention of this package, so there is no excitation to show.')
     for site, row in list(profile.get('sites', {}).items())[:_SITES_SHOWN]:
-        print(f'{site}: separation {row["separation"]:.3f}, gates {row["mean"]:.3f} on average, '
+        print(f'{site}: eta squared {row["eta_squared"]:.3f}, gates {row["mean"]:.3f} on average, '
               f'{row["saturated"]} saturated and {row["dead"]} dead of {row["channels"]}')
     return profile
 
@@ -214,7 +214,7 @@ def _profile(
         labels: np.ndarray,
         names: Sequence[str],
 ) -> Dict[str, Any]:
-    """Sites from the one that separates classes best: share of the gates' variance that lies between classes."""
+    """Sites by eta squared, the share of a gate's variance that lies between classes, on average over the channels."""
     found: Dict[str, Any] = {}
     for site, values in gates.items():
         mean = values.mean(0)
@@ -222,8 +222,8 @@ def _profile(
         between = sum((labels == i).sum() * (values[labels == i].mean(0) - mean) ** 2 for i in np.unique(labels))
         share = np.divide(between, total, out=np.zeros_like(total), where=total > 1e-12)
         found[site] = {
-            'channels': len(mean), 'mean': float(mean.mean()), 'separation': float(share.mean()),
-            'best_channel': int(share.argmax()), 'best_separation': float(share.max()),
+            'channels': len(mean), 'mean': float(mean.mean()), 'eta_squared': float(share.mean()),
+            'best_channel': int(share.argmax()), 'best_eta_squared': float(share.max()),
             'saturated': int((mean > _SATURATED).sum()), 'dead': int((mean < _DEAD).sum())}
         if site in before:
             moved = mean - before[site].mean(0)
@@ -231,7 +231,7 @@ def _profile(
     return {
         'images': {names[i]: int((labels == i).sum()) for i in np.unique(labels)},
         'saturated_above': _SATURATED, 'dead_below': _DEAD,
-        'sites': dict(sorted(found.items(), key=lambda item: -item[1]['separation']))}
+        'sites': dict(sorted(found.items(), key=lambda item: -item[1]['eta_squared']))}
 
 
 def _write_profile(

@@ -56,8 +56,12 @@ def replace_file(file: Path, content: Union[str, bytes]) -> None:
 
 
 def sha256(file: Path) -> str:
-    """Hash a file's bytes."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    """Hash a file's bytes, a part at a time."""
+    digest = hashlib.sha256()
+    with open(file, 'rb') as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def printable(name: Union[str, Path]) -> str:

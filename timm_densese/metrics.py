@@ -1,20 +1,41 @@
-"""Scores, intervals and comparisons of predictions: numbers only.
+"""Scores, intervals and comparisons of predictions, and metrics.json, which holds them.
 
 Papers:
     * `On Calibration of Modern Neural Networks` - https://arxiv.org/abs/1706.04599
 """
-from typing import Any, Callable, Dict, List, Optional, Sequence
+import json
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence
 
 import numpy as np
 import torch
 from tqdm import tqdm  # comes with huggingface_hub
 
-__all__ = ['expected_calibration_error', 'fit_temperature']
+from .errors import MetricsError
+from .files import replace_file
 
-Scores = Dict[str, float]
+__all__ = [
+    'bootstrap',
+    'compare_models',
+    'confusion_matrix',
+    'expected_calibration_error',
+    'fit_temperature',
+    'format_metric',
+    'read_metrics',
+    'read_temperature',
+    'score',
+    'softmax',
+    'with_intervals',
+    'write_metrics',
+]
+
+Scores = Dict[str, np.ndarray]
+_CALIBRATION_BINS = 15
+_WEIGHTS_AT_ONCE = 500_000
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Turn logits (N, num_classes) into probabilities."""
     return torch.from_numpy(logits).softmax(1).numpy()
 
 
@@ -45,120 +66,292 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(np.log(.05), np.log(20)), options={'xatol': 1e-6}).x))
 
 
-def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over bins of confidence, by Guo et al.
+def confusion_matrix(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """Count images by class, (num_classes, num_classes): rows are what they are, columns what they are called."""
+    classes = probabilities.shape[1]
+    return np.bincount(labels * classes + probabilities.argmax(1), minlength=classes ** 2).reshape(classes, classes)
+
+
+def expected_calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean gap between confidence and accuracy over 15 bins of confidence, by Guo et al.
 
     Args:
         labels: (N,).
         probabilities: (N, num_classes).
-        bins: Bins of equal width.
 
     Example:
         >>> import numpy as np
         >>> round(expected_calibration_error(np.array([0, 0, 0, 1]), np.array([[.9, .1]] * 4)), 3)
         0.15
     """
+    return float(_calibration_error(labels, probabilities, np.ones((1, len(labels))))[0])
+
+
+def _calibration_error(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> np.ndarray:
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    places = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(places, confidence - right, bins)
-    return float(np.abs(gaps).sum() / len(labels))
+    bins = np.minimum((confidence * _CALIBRATION_BINS).astype(int), _CALIBRATION_BINS - 1)
+    gaps = weights @ ((confidence - right)[:, None] * (bins[:, None] == np.arange(_CALIBRATION_BINS)))
+    return np.abs(gaps).sum(1) / weights.sum(1)
 
 
-def _confusion(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    from sklearn.metrics import confusion_matrix
-
-    return confusion_matrix(labels, probabilities.argmax(1), labels=range(probabilities.shape[1]))
-
-
-def _scores(
+def score(
         labels: np.ndarray,
         probabilities: np.ndarray,
         classes: Sequence[str],
         calibrated: Optional[np.ndarray] = None,
+        weights: Optional[np.ndarray] = None,
 ) -> Scores:
-    """Every score by name, NAME/CLASS for one class; not a number where a class has no images or no others."""
-    from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
+    """Compute every score, of the images as they are or of many samples of them at once.
 
-    every = range(len(classes))
-    confusion = _confusion(labels, probabilities).astype(float)
-    right, actual, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    Args:
+        labels: (N,).
+        probabilities: (N, num_classes).
+        classes: Names of the classes.
+        calibrated: Probabilities after temperature scaling, for the scores that it changes.
+        weights: How often each image is in each sample, (samples, N); by default one sample of each image once.
+
+    Returns:
+        Scores by name, (samples,), NAME/CLASS for one class; not a number where a class has no images or no others.
+
+    Example:
+        >>> import numpy as np
+        >>> found = score(np.array([0, 1, 1]), np.array([[.9, .1], [.2, .8], [.6, .4]]), ['a', 'b'])
+        >>> found['balanced_accuracy'].item(), found['auroc/b'].item()
+        (0.75, 1.0)
+    """
+    if weights is None:
+        weights = np.ones((1, len(labels)))
+    every = np.arange(len(classes))
+    called, total = probabilities.argmax(1), weights.sum(1)
+    actual, predicted = (weights @ (column[:, None] == every) for column in (labels, called))
+    right = weights @ ((labels[:, None] == every) & (called == labels)[:, None])
     with np.errstate(invalid='ignore', divide='ignore'):
-        recall, precision = right / actual, right / predicted
-        specificity = 1 - (predicted - right) / (len(labels) - actual)
-        f1 = 2 * right / (actual + predicted)
-    scores = {'accuracy': right.sum() / len(labels), 'balanced_accuracy': float(np.nanmean(recall))}
-    curves: Dict[str, List[float]] = {'auroc': [], 'auprc': []}
-    for i in every:
-        mixed = 0 < actual[i] < len(labels)
-        curves['auroc'].append(roc_auc_score(labels == i, probabilities[:, i]) if mixed else np.nan)
-        curves['auprc'].append(average_precision_score(labels == i, probabilities[:, i]) if mixed else np.nan)
-    for name, values in curves.items():
-        scores[name] = float(np.mean([v for v in values if not np.isnan(v)] or [np.nan]))
+        by_class = {
+            'precision': right / predicted, 'recall': right / actual, 'f1': 2 * right / (actual + predicted),
+            'specificity': 1 - (predicted - right) / (total[:, None] - actual)}
+    curves = [_areas(labels == i, probabilities[:, i], weights) for i in every]
+    by_class['auroc'], by_class['auprc'] = (np.stack(areas, 1) for areas in zip(*curves, strict=True))
+
+    scores = {'accuracy': right.sum(1) / total, 'balanced_accuracy': _mean_of_known(by_class['recall'])}
+    scores.update({name: _mean_of_known(by_class[name]) for name in ('auroc', 'auprc')})
+    own = np.arange(len(labels)), labels
     for suffix, p in (('', probabilities), ('_calibrated', calibrated)):
         if p is not None:
-            scores[f'nll{suffix}'] = log_loss(labels, p, labels=every)
-            scores[f'brier{suffix}'] = brier_score_loss(labels, p, labels=every, scale_by_half=False)
-            scores[f'ece{suffix}'] = expected_calibration_error(labels, p)
-    by_class = {'precision': precision, 'recall': recall, 'f1': f1, 'specificity': specificity, **curves}
-    scores.update({f'{name}/{classes[i]}': float(values[i]) for name, values in by_class.items() for i in every})
+            smallest = np.finfo(p.dtype).eps  # as scikit-learn has it
+            scores[f'nll{suffix}'] = weights @ -np.log(p[own].clip(smallest, 1)) / total
+            scores[f'brier{suffix}'] = weights @ ((p ** 2).sum(1) - 2 * p[own] + 1) / total
+            scores[f'ece{suffix}'] = _calibration_error(labels, p, weights)
+    scores.update({f'{name}/{label}': values[:, i] for name, values in by_class.items()
+                   for i, label in enumerate(classes)})
     return scores
 
 
-def _resample(groups: np.ndarray, seed: int, resamples: int) -> List[np.ndarray]:
-    """Bootstrap samples: for each, as many groups as there are, drawn with replacement, with all their images."""
+def _mean_of_known(values: np.ndarray) -> np.ndarray:
+    """Mean over classes, (samples,), of those that are numbers."""
+    known = ~np.isnan(values)
+    with np.errstate(invalid='ignore'):
+        return np.where(known, values, 0).sum(1) / known.sum(1)
+
+
+def _areas(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> Sequence[np.ndarray]:
+    """Area under the ROC curve and average precision, (samples,) each, with weights (samples, N).
+
+    Images are sorted once. Each positive then needs what lies below, and what from it on upwards, counting ties:
+    cumulative sums of the weights at two places.
+    """
+    order = np.argsort(scores)
+    ranked = scores[order]
+    w = weights[:, order]
+    below = np.concatenate([np.zeros((len(w), 1)), np.cumsum(w, 1)], 1)
+    places = np.flatnonzero(positive[order])
+    first, last = (np.searchsorted(ranked, ranked[places], side) for side in ('left', 'right'))
+    own = w[:, places]
+    own_below = np.concatenate([np.zeros((len(w), 1)), np.cumsum(own, 1)], 1)
+    own_first, own_last = (np.searchsorted(ranked[places], ranked[places], side) for side in ('left', 'right'))
+    total, positives = below[:, -1], own_below[:, -1]
+    with np.errstate(invalid='ignore', divide='ignore'):
+        negatives_below = (below[:, first] - own_below[:, own_first] + below[:, last] - own_below[:, own_last]) / 2
+        auroc = (own * negatives_below).sum(1) / (positives * (total - positives))
+        at_least = total[:, None] - below[:, first]
+        precision = (positives[:, None] - own_below[:, own_first]) / np.where(at_least > 0, at_least, 1)
+        auprc = (own * precision).sum(1) / positives
+    mixed = (positives > 0) & (positives < total)
+    return np.where(mixed, auroc, np.nan), np.where(mixed, auprc, np.nan)
+
+
+def bootstrap(groups: np.ndarray, samples: int, seed: int = 0) -> np.ndarray:
+    """Draw bootstrap samples: for each, as many groups as there are, with replacement, with all their images.
+
+    Args:
+        groups: Number of the patient or group of each image, (N,).
+        samples: How many samples.
+        seed: Seed.
+
+    Returns:
+        How often each image is in each sample, (samples, N) in uint16; no samples where there is one group.
+    """
+    names, members = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        return np.zeros((0, len(groups)), np.uint16)
     rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
-    if len(members) < 2:
-        return []
-    return [np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-            for _ in range(resamples)]
+    draws = (np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names)) for _ in range(samples))
+    return np.stack([drawn[members].astype(np.uint16) for drawn in draws])
 
 
-def _with_intervals(
-        measure: Callable[[Any], Scores],
-        samples: Sequence[np.ndarray],
-        desc: str,
-) -> Dict[str, Dict[str, float]]:
-    """Each score's value, and the 2.5 and 97.5 percentiles of its bootstrap; undefined scores are left out."""
-    values = {name: value for name, value in measure(slice(None)).items() if not np.isnan(value)}
-    drawn = [measure(sample) for sample in tqdm(samples, desc=desc, unit='sample', leave=False)]
-    found: Dict[str, Dict[str, float]] = {}
+def with_intervals(
+        measure: Callable[[Optional[np.ndarray]], Scores],
+        samples: np.ndarray,
+        desc: str = 'bootstrap',
+) -> Dict[str, Dict[str, Any]]:
+    """Give each score its value and the 2.5 and 97.5 percentiles of its bootstrap.
+
+    Args:
+        measure: Gives the scores for weights as of `score`; for None, those of the images as they are.
+        samples: What `bootstrap` drew.
+        desc: What to call the progress.
+
+    Returns:
+        `value`, `low` and `high` by name. Where the samples do not differ (one image or patient, or all right) or there
+        are none, `interval` is 'undefined' instead. Scores that are undefined themselves are left out.
+    """
+    values = {name: float(value[0]) for name, value in measure(None).items() if not np.isnan(value[0])}
+    drawn = [measure(part) for part in tqdm(list(_parts(samples)), desc=desc, unit='part', leave=False)]
+    found: Dict[str, Dict[str, Any]] = {}
     for name, value in values.items():
-        found[name] = {'value': float(value)}
-        spread = [scores[name] for scores in drawn if not np.isnan(scores[name])]
-        if spread:
-            low, high = np.percentile(spread, (2.5, 97.5))
-            found[name].update(low=float(low), high=float(high))
+        spread = np.concatenate([part[name] for part in drawn]) if drawn else np.empty(0)
+        spread = spread[~np.isnan(spread)]
+        low, high = np.percentile(spread, (2.5, 97.5)) if len(spread) else (value, value)
+        certain = {'low': float(low), 'high': float(high)} if high > low else {'interval': 'undefined'}
+        found[name] = {'value': value, **certain}
     return found
 
 
-def _compare(
+def _parts(samples: np.ndarray) -> Iterator[np.ndarray]:
+    """Samples in parts that fit the memory, in float."""
+    step = max(1, _WEIGHTS_AT_ONCE // max(1, samples.shape[1]))
+    for start in range(0, len(samples), step):
+        yield samples[start:start + step].astype(np.float64)
+
+
+def compare_models(
         labels: np.ndarray,
-        ours: np.ndarray,
-        theirs: np.ndarray,
+        probabilities: np.ndarray,
+        baseline: np.ndarray,
         classes: Sequence[str],
-        samples: Sequence[np.ndarray],
+        samples: np.ndarray,
         name: str,
 ) -> Dict[str, Any]:
-    """Compare two models on the same images: differences by patient, and McNemar's exact test on the images."""
+    """Compare a model with a baseline on the same images: differences by patient, and McNemar's exact test.
+
+    Args:
+        labels: (N,).
+        probabilities: The model's, (N, num_classes).
+        baseline: The baseline's, (N, num_classes).
+        classes: Names of the classes.
+        samples: What `bootstrap` drew.
+        name: Name of the baseline.
+
+    Returns:
+        `comparison`, the baseline's scores by its name, and `paired`: differences, model minus baseline, and `mcnemar`,
+        which takes images as independent.
+    """
     from scipy.stats import binomtest
 
-    right, rival_right = ours.argmax(1) == labels, theirs.argmax(1) == labels
-    only_ours, only_theirs = int((right & ~rival_right).sum()), int((~right & rival_right).sum())
+    right, baseline_right = probabilities.argmax(1) == labels, baseline.argmax(1) == labels
+    only_model, only_baseline = int((right & ~baseline_right).sum()), int((~right & baseline_right).sum())
 
-    def measure(i: Any) -> Scores:
-        here, there = _scores(labels[i], ours[i], classes), _scores(labels[i], theirs[i], classes)
-        names = [k for k in here if '/' not in k]
-        return {**{f'there/{k}': there[k] for k in names}, **{f'difference/{k}': here[k] - there[k] for k in names}}
+    def measure(weights: Optional[np.ndarray]) -> Scores:
+        ours, base = (score(labels, p, classes, weights=weights) for p in (probabilities, baseline))
+        names = [k for k in ours if '/' not in k]
+        return {**{f'baseline/{k}': base[k] for k in names}, **{f'difference/{k}': ours[k] - base[k] for k in names}}
 
-    found = _with_intervals(measure, samples, 'comparison')
+    found = with_intervals(measure, samples, 'comparison')
 
-    def part(prefix: str) -> Dict[str, Dict[str, float]]:
+    def part(prefix: str) -> Dict[str, Dict[str, Any]]:
         return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
 
-    mcnemar = binomtest(only_ours, only_ours + only_theirs).pvalue if only_ours + only_theirs else 1.
+    differing = only_model + only_baseline
     return {
-        'comparison': {name: part('there/')},
-        'paired': {'with': name, 'differences': part('difference/'),
-                   'mcnemar': {'right_here_only': only_ours, 'right_there_only': only_theirs, 'p': float(mcnemar)}},
+        'comparison': {name: part('baseline/')},
+        'paired': {'with': name, 'differences': part('difference/'), 'mcnemar': {
+            'right_model_only': only_model, 'right_baseline_only': only_baseline,
+            'p': float(binomtest(only_model, differing).pvalue) if differing else 1.}},
     }
+
+
+# metrics.json.
+
+
+def format_metric(metric: Optional[Dict[str, Any]]) -> str:
+    """Format a score and its interval for a table.
+
+    Example:
+        >>> format_metric({'value': .8125, 'low': .7, 'high': .9})
+        '0.812 (0.700 to 0.900)'
+    """
+    if metric is None:
+        return 'undefined'
+    if 'low' in metric:
+        return f'{metric["value"]:.3f} ({metric["low"]:.3f} to {metric["high"]:.3f})'
+    return f'{metric["value"]:.3f}' + (f' (interval {metric["interval"]})' if 'interval' in metric else '')
+
+
+def write_metrics(file: Path, results: Dict[str, Any]) -> None:
+    """Write metrics.json.
+
+    Args:
+        file: File, replaced if it is there.
+        results: `dataset` (`name`, and `split`, `images`, `groups` where known), `command` (what measured it),
+            `metrics` (name -> `value`, and `low` and `high` of an interval), and where known `interval` (which kind),
+            `conditions`, `comparison` (model -> metrics as above), `model`, `weights` (their hash), `classes`,
+            `temperature`.
+    """
+    replace_file(file, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + '\n')
+
+
+def read_metrics(file: Path) -> Dict[str, Any]:
+    """Read what `write_metrics` wrote, or somebody by hand.
+
+    Args:
+        file: JSON file; at least `dataset` with a `name`, `command` and `metrics`.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        MetricsError: It is not such a file.
+    """
+    try:
+        results = json.loads(file.read_text(encoding='utf-8'))
+        for text in (results['dataset']['name'], results['command']):
+            if not isinstance(text, str):
+                raise TypeError(f'{text!r} is not a text')
+        for table in (results['metrics'], *results.get('comparison', {}).values()):
+            for metric in table.values():
+                float(metric['value'])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise MetricsError(
+            f'--metrics {file} cannot be used ({type(e).__name__}: {e}). It must be JSON such as '
+            f'{{"dataset": {{"name": "...", "split": "test"}}, "command": "what measured it", '
+            f'"metrics": {{"accuracy": {{"value": 0.9, "low": 0.8, "high": 0.95}}}}}}.') from e
+    return results
+
+
+def read_temperature(calibration: Optional[Path]) -> float:
+    """Read the temperature that `timm-densese evaluate` fitted; 1 without a file.
+
+    Raises:
+        MetricsError: The file holds none.
+    """
+    if calibration is None:
+        return 1.
+    try:
+        temperature = float(json.loads(calibration.read_text(encoding='utf-8'))['temperature'])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise MetricsError(
+            f'--calibration {calibration} holds no temperature ({type(e).__name__}: {e}). Give the metrics.json of '
+            f'`timm-densese evaluate MODEL DIR --output OUT`, where DIR has a val/.') from e
+    if not 0 < temperature < float('inf'):
+        raise MetricsError(f'--calibration {calibration} has the temperature {temperature}, which is not a positive '
+                           f'number.')
+    return temperature

@@ -13,10 +13,10 @@ from tqdm import tqdm  # comes with huggingface_hub
 
 from .checkpoints import Checkpoint, load_model
 from .data.images import find_images, read_image
-from .errors import ImagesError
 from .files import replace_file
+from .metrics import read_temperature
 
-__all__ = ['Logits', 'compute_logits', 'load_batches', 'predict', 'predict_files', 'read_temperature']
+__all__ = ['Logits', 'compute_logits', 'load_batches', 'predict', 'predict_files']
 
 
 class _Files(Dataset):
@@ -111,25 +111,6 @@ def compute_logits(
     return Logits(torch.cat(values) if values else torch.empty(0, 0), indices, errors)
 
 
-def read_temperature(calibration: Optional[Path]) -> float:
-    """Read the temperature that `timm-densese evaluate` fitted; 1 without a file.
-
-    Raises:
-        ImagesError: The file holds none.
-    """
-    if calibration is None:
-        return 1.
-    try:
-        temperature = float(json.loads(calibration.read_text())['temperature'])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ImagesError(
-            f'{calibration} holds no temperature ({type(e).__name__}: {e}). Give the metrics.json of `timm-densese '
-            f'evaluate MODEL DIR --report OUT`, where DIR has a val/.') from e
-    if not 0 < temperature < float('inf'):
-        raise ImagesError(f'{calibration} has the temperature {temperature}, which is not a positive number.')
-    return temperature
-
-
 def predict(
         model: Union[str, Checkpoint],
         images: Sequence[str],
@@ -145,7 +126,7 @@ def predict(
         model: What `timm_densese.checkpoints.load_model` takes, or what it returned.
         images: Files, folders and patterns.
         top_k: Classes of each image.
-        temperature: What the logits are divided by, see `read_temperature`.
+        temperature: What the logits are divided by, see `timm_densese.metrics.read_temperature`.
         device: Device, by default CUDA where there is one; a model that is loaded already stays where it is.
         batch_size: Images a batch.
         workers: Processes that read images.
@@ -190,7 +171,7 @@ def predict_files(
         top_k: int = 5,
         calibration: Optional[Path] = None,
         as_json: bool = False,
-        csv_file: Optional[Path] = None,
+        output: Optional[Path] = None,
         device: str = '',
         batch_size: int = 32,
         workers: int = 2,
@@ -203,7 +184,7 @@ def predict_files(
         top_k: Classes of each image.
         calibration: metrics.json of `timm-densese evaluate`, whose temperature the logits are divided by.
         as_json: Print JSON instead of a table.
-        csv_file: File to write, a row for each image and class; replaced if it is there.
+        output: CSV file to write, a row for each image and class; replaced if it is there.
         device: Device.
         batch_size: Images a batch.
         workers: Processes that read images.
@@ -219,8 +200,8 @@ def predict_files(
         model, images, top_k=top_k, temperature=temperature, device=device, batch_size=batch_size, workers=workers)
     good = [row for row in rows if 'error' not in row]
     errors = {row['file']: row['error'] for row in rows if 'error' in row}
-    if csv_file:
-        _write_csv(csv_file, good)
+    if output:
+        _write_csv(output, good)
     if as_json:
         print(json.dumps({'model': model, 'temperature': temperature, 'calibrated': calibration is not None,
                           'predictions': good, 'unreadable': errors}, indent=1))

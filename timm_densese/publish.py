@@ -13,10 +13,11 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
-from .cards import finetune_card, read_metrics, registered_card
+from .cards import finetune_card, registered_card
 from .checkpoints import Checkpoint, load_checkpoint
 from .errors import PublishError, hub_errors
 from .files import check_new_folder, new_folder, replace_file
+from .metrics import read_metrics
 from .models.se_densenet import SEDenseNet
 
 __all__ = ['publish', 'write_card']
@@ -60,7 +61,7 @@ def write_card(
         model_kwargs: Optional[Dict[str, Any]] = None,
         metrics: Optional[Path] = None,
         data: Optional[Path] = None,
-        out: Optional[Path] = None,
+        output: Optional[Path] = None,
 ) -> None:
     """Write the model card of a registered model, or of a checkpoint that is or will be published.
 
@@ -69,9 +70,9 @@ def write_card(
         repo_id: Where the checkpoint is published, OWNER/NAME.
         model: Name of the checkpoint's model, see `load_checkpoint`, as are `model_kwargs` and `data`.
         model_kwargs: Arguments of the checkpoint's model.
-        metrics: JSON file of measured metrics, see `timm_densese.cards.read_metrics`.
+        metrics: JSON file of measured metrics, see `timm_densese.metrics.read_metrics`.
         data: Folder that the checkpoint was trained on.
-        out: File to write, replaced if it is there; printed if None.
+        output: File to write, replaced if it is there; printed if None.
 
     Raises:
         UserError: There is no such model, or the checkpoint or metrics do not fit.
@@ -83,10 +84,10 @@ def write_card(
         raise PublishError(f'{of} is a checkpoint: say as OWNER/NAME where it is published.')
     else:
         card = str(registered_card(of, read_metrics(metrics) if metrics else None))
-    if out is None:
+    if output is None:
         print(card)
         return
-    replace_file(out, card)
+    replace_file(output, card)
 
 
 def publish(
@@ -99,7 +100,7 @@ def publish(
         private: bool = False,
         revision: Optional[str] = None,
         create_pr: bool = False,
-        to: Optional[Path] = None,
+        output: Optional[Path] = None,
         confirm: Callable[[str], bool] = lambda question: False,
 ) -> str:
     """Publish a trained model: `model.safetensors`, `config.json` and `README.md`, never a pickle.
@@ -113,12 +114,12 @@ def publish(
         repo_id: Repository, OWNER/NAME. It is made if there is none.
         model: Name of the model, the checkpoint's if empty.
         model_kwargs: Arguments of the model, over those that the run recorded.
-        metrics: JSON file of measured metrics, see `timm_densese.cards.read_metrics`.
+        metrics: JSON file of measured metrics, see `timm_densese.metrics.read_metrics`.
         data: Folder that the model was trained on; it names the classes.
         private: Make a new repository private.
         revision: Branch to commit to, made if there is none.
         create_pr: Open a pull request instead of committing.
-        to: Folder to write the files to instead, which must not exist or be empty.
+        output: Folder to write the files to instead, which must not exist or be empty.
         confirm: Asked before a README.md that is there already is replaced; without it, that one stays.
 
     Returns:
@@ -130,12 +131,12 @@ def publish(
     _check_repo_id(repo_id)
     if create_pr and revision:
         raise PublishError('Give --pr or --revision, not both: a pull request makes a branch of its own.')
-    if to is not None:
-        check_new_folder(to, '--to', PublishError)
+    if output is not None:
+        check_new_folder(output, '--output', PublishError)
 
     loaded = load_checkpoint(checkpoint, model, model_kwargs, data)
     card = _checkpoint_card(repo_id, loaded, data, metrics)
-    with new_folder(to) if to is not None else tempfile.TemporaryDirectory(prefix='timm-densese-') as folder:
+    with new_folder(output) if output is not None else tempfile.TemporaryDirectory(prefix='timm-densese-') as folder:
         work = Path(folder)
         save_for_hf(
             loaded.model, str(work), safe_serialization=True, data_config=loaded.data_config,
@@ -148,14 +149,14 @@ def publish(
         (work / 'config.json').write_text(json.dumps(config, indent=2))
         (work / 'README.md').write_text(card, encoding='utf-8')
         _verify(work, loaded)
-        print(f'To {to if to is not None else repo_id}:')
+        print(f'To {output if output is not None else repo_id}:')
         for file in sorted(work.iterdir()):
             print(f'  {file.name:18} {file.stat().st_size:>11,} bytes')
-        if to is None:
+        if output is None:
             with hub_errors(repo_id, 'publish'):
                 return _upload(work, repo_id, private, revision, create_pr, confirm)
-    print(f"Load it with\n  import timm, timm_densese\n  timm.create_model('local-dir:{to}', pretrained=True)")
-    return str(to)
+    print(f"Load it with\n  import timm, timm_densese\n  timm.create_model('local-dir:{output}', pretrained=True)")
+    return str(output)
 
 
 @torch.inference_mode()
@@ -180,8 +181,8 @@ def _upload(
     api = HfApi(library_name='timm-densese')
     ignore = []
     try:
-        there = api.model_info(repo_id)
-        if private and not there.private:
+        existing = api.model_info(repo_id)
+        if private and not existing.private:
             raise PublishError(f'{repo_id} exists and is public: --private does not hide it. Change it in its settings '
                                f'first, or publish under another name.')
     except RepositoryNotFoundError:

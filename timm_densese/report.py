@@ -3,77 +3,71 @@ import base64
 import html
 import io
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
 from PIL import Image
 
 from .data.images import read_image
-from .metrics import _confusion, expected_calibration_error
+from .metrics import confusion_matrix, expected_calibration_error, format_metric
+
+__all__ = ['draw_figures', 'write_page']
 
 _WORST = 24
 _NOTICE = 'For research. This is no medical device, and its answers are not for diagnosis.'
 
 
-class _Split(NamedTuple):
-    """Images of a split that could be read, and what a model says of them.
-
-    Attributes:
-        paths: Files, (N,).
-        labels: Indices of their classes, (N,).
-        logits: (N, num_classes).
-        groups: Number of the patient or group of each, (N,); each its own where they are not known.
-        hashes: SHA-256 of each file, (N,).
-        unreadable: Files that could not be read, with the reason.
-    """
-    paths: List[Path]
-    labels: np.ndarray
-    logits: np.ndarray
-    groups: np.ndarray
-    hashes: List[str]
-    unreadable: Dict[str, str]
-
-
-def _figures(
+def draw_figures(
         labels: np.ndarray,
         probabilities: np.ndarray,
         calibrated: Optional[np.ndarray],
         classes: Sequence[str],
 ) -> Dict[str, bytes]:
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    """Draw the confusion matrix, the ROC and precision-recall curves and the reliability diagram.
+
+    Args:
+        labels: (N,).
+        probabilities: (N, num_classes).
+        calibrated: Probabilities after temperature scaling, where there are some.
+        classes: Names of the classes.
+
+    Returns:
+        PNG files by name.
+    """
+    from matplotlib.figure import Figure  # not pyplot, which would switch a notebook's backend
     from sklearn.calibration import calibration_curve
     from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocCurveDisplay
 
     figures: Dict[str, bytes] = {}
 
-    def save(name: str, fig: Any) -> None:
+    def save(name: str, figure: Any) -> None:
         content = io.BytesIO()
-        fig.savefig(content, dpi=100)
-        plt.close(fig)
+        figure.savefig(content, dpi=100)
         figures[name] = content.getvalue()
 
     legible = len(classes) <= 40
     side = 3.6 + .25 * min(len(classes), 40)
-    fig, ax = plt.subplots(figsize=(side, side), layout='constrained')
-    ConfusionMatrixDisplay(_confusion(labels, probabilities), display_labels=classes if legible else None).plot(
+    figure = Figure(figsize=(side, side), layout='constrained')
+    ax = figure.subplots()
+    ConfusionMatrixDisplay(confusion_matrix(labels, probabilities), display_labels=classes if legible else None).plot(
         ax=ax, cmap='Blues', colorbar=not legible, include_values=legible,
         xticks_rotation='vertical' if len(classes) > 3 else 'horizontal')
     if not legible:
         ax.set(xticks=[], yticks=[])
     ax.set_title('images')
-    save('confusion.png', fig)
+    save('confusion.png', figure)
 
     shown = [i for i in range(len(classes)) if 0 < (labels == i).sum() < len(labels)][:10]
     for name, display, title in (('roc.png', RocCurveDisplay, 'ROC'), ('pr.png', PrecisionRecallDisplay, 'PR')):
-        fig, ax = plt.subplots(figsize=(4.2, 4.2), layout='constrained')
+        figure = Figure(figsize=(4.2, 4.2), layout='constrained')
+        ax = figure.subplots()
         for i in shown:
             display.from_predictions(labels == i, probabilities[:, i], name=classes[i], ax=ax)
         ax.set(title=f'{title}, each class against the others')
-        save(name, fig)
+        save(name, figure)
 
-    fig, ax = plt.subplots(figsize=(4.2, 4.2), layout='constrained')
+    figure = Figure(figsize=(4.2, 4.2), layout='constrained')
+    ax = figure.subplots()
     ax.plot((0, 1), (0, 1), color='gray', lw=1)
     for label, p in (('as it is', probabilities), ('temperature from val/', calibrated)):
         if p is not None:
@@ -81,14 +75,8 @@ def _figures(
             ax.plot(confidence, right, 'o-', label=f'{label}: ECE {expected_calibration_error(labels, p):.3f}')
     ax.set(xlabel='confidence', ylabel='share that is right', title='reliability', xlim=(0, 1), ylim=(0, 1))
     ax.legend()
-    save('reliability.png', fig)
+    save('reliability.png', figure)
     return figures
-
-
-def _cell(metric: Optional[Dict[str, float]]) -> str:
-    if metric is None:
-        return 'undefined'
-    return f'{metric["value"]:.3f}' + (f' ({metric["low"]:.3f} to {metric["high"]:.3f})' if 'low' in metric else '')
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -115,50 +103,70 @@ th {{ background: #f3f3f3 }}
 '''
 
 
-def _page(results: Dict[str, Any], figures: Dict[str, bytes], scored: _Split, probabilities: np.ndarray) -> str:
+def write_page(
+        file: Path,
+        results: Dict[str, Any],
+        figures: Dict[str, bytes],
+        paths: Sequence[Path],
+        labels: np.ndarray,
+        probabilities: np.ndarray,
+) -> None:
+    """Write the page of an evaluation: one file that needs no network.
+
+    Args:
+        file: File to write.
+        results: What metrics.json holds, of `timm_densese.evaluate.evaluate`.
+        figures: What `draw_figures` drew.
+        paths: Files of the images, (N,).
+        labels: (N,).
+        probabilities: (N, num_classes).
+    """
     dataset, classes = results['dataset'], results['classes']
     names = [html.escape(name) for name in classes]
     groups = f', {dataset["groups"]} patients or groups' if dataset['groups'] else ''
+    others = results.get('comparison', {})
+    per_class = ('precision', 'recall', 'f1', 'specificity', 'auroc', 'auprc')
     body = [
         f'<h1>{html.escape(results["model"])}</h1>',
         f'<p>{html.escape(dataset["name"])}{", " + html.escape(dataset["split"]) if dataset["split"] else ""}: '
         f'{dataset["images"]} images{groups}. {_NOTICE}</p>',
         *(f'<div class="warning">{html.escape(warning)}</div>' for warning in results['warnings']),
         '<h2>Scores</h2>', f'<p>In brackets: {results["interval"] or "no interval"}.</p>',
-        _table(('score', html.escape(results['model']),
-                *map(html.escape, results.get('comparison', {}))),
-               [(name, _cell(metric), *(_cell(other.get(name)) for other in results.get('comparison', {}).values()))
+        _table(('score', html.escape(results['model']), *map(html.escape, others)),
+               [(name, format_metric(metric), *(format_metric(other.get(name)) for other in others.values()))
                 for name, metric in results['metrics'].items()]),
         '<h2>By class</h2>',
-        _table(('class', 'images', *(per := ('precision', 'recall', 'f1', 'specificity', 'auroc', 'auprc'))),
-               [(names[i], str(int((scored.labels == i).sum())),
-                 *(_cell(results['per_class'][name].get(score)) for score in per)) for i, name in enumerate(classes)]),
+        _table(('class', 'images', *per_class),
+               [(names[i], str(int((labels == i).sum())),
+                 *(format_metric(results['per_class'][name].get(score)) for score in per_class))
+                for i, name in enumerate(classes)]),
     ]
     if 'paired' in results:
         paired = results['paired']
         mcnemar = paired['mcnemar']
         body += [
             f'<h2>Against {html.escape(paired["with"])}</h2>',
-            f'<p>Only this model is right on {mcnemar["right_here_only"]} images, only the other on '
-            f'{mcnemar["right_there_only"]}: McNemar\'s exact test gives p = {mcnemar["p"]:.3f}. It takes images as '
+            f'<p>Only this model is right on {mcnemar["right_model_only"]} images, only the other on '
+            f'{mcnemar["right_baseline_only"]}: McNemar\'s exact test gives p = {mcnemar["p"]:.3f}. It takes images as '
             f'independent, which those of one patient are not; the intervals below do not.</p>',
-            _table(('score', 'difference'), [(k, _cell(v)) for k, v in paired['differences'].items()])]
+            _table(('score', 'difference'), [(k, format_metric(v)) for k, v in paired['differences'].items()])]
     body += ['<h2>Figures</h2>', ''.join(_embed(content, 'png', name) for name, content in figures.items())]
     if results['temperature'] is not None:
         body.append(f'<p>Temperature, fitted on val/: {results["temperature"]:.3f}. '
                     f'<code>timm-densese predict --calibration metrics.json</code> uses it.</p>')
 
-    own = probabilities[np.arange(len(scored.labels)), scored.labels]
-    wrong = [i for i in np.argsort(own) if probabilities[i].argmax() != scored.labels[i]][:_WORST]
+    own = probabilities[np.arange(len(labels)), labels]
+    wrong = [i for i in np.argsort(own) if probabilities[i].argmax() != labels[i]][:_WORST]
     body += [f'<h2>Worst errors</h2><p>The {len(wrong)} that were most sure of something else.</p>',
              _table(('image', 'file', 'is', 'called', 'with'), [
-                 (_embed(_thumbnail(scored.paths[i]), 'jpeg', scored.paths[i].name),
-                  html.escape(results['predictions'][i]['file']), names[scored.labels[i]],
+                 (_embed(_thumbnail(paths[i]), 'jpeg', paths[i].name),
+                  html.escape(results['predictions'][i]['file']), names[labels[i]],
                   names[probabilities[i].argmax()], f'{probabilities[i].max():.1%}') for i in wrong])]
-    if scored.unreadable:
+    if results['unreadable']:
         body += ['<h2>Not readable</h2>', _table(('file', 'reason'), [
-            (html.escape(file), html.escape(reason)) for file, reason in scored.unreadable.items()])]
-    return _PAGE.format(title=html.escape(f'{results["model"]} on {dataset["name"]}'), body='\n'.join(body))
+            (html.escape(file), html.escape(reason)) for file, reason in results['unreadable'].items()])]
+    title = html.escape(f'{results["model"]} on {dataset["name"]}')
+    file.write_text(_PAGE.format(title=title, body='\n'.join(body)), encoding='utf-8')
 
 
 def _thumbnail(path: Path) -> bytes:

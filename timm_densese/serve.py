@@ -11,7 +11,7 @@ from .checkpoints import load_model, short_name
 from .data.images import read_image
 from .errors import UserError
 from .explain import draw_gates, grad_cam, overlay, read_gates
-from .predict import read_temperature
+from .metrics import read_temperature
 
 __all__ = ['create_page', 'serve']
 

@@ -40,7 +40,8 @@ def damage(folder):
 def test_damaged_images_from_split_to_prediction(trained, tmp_path):
     generate_images(tmp_path / 'images', per_class=14, size=40)
     readable, unreadable = damage(tmp_path / 'images' / 'spots')
-    result = run_cli('data', 'split', tmp_path / 'images', '--out', tmp_path / 'split', '--val', '.25', '--test', '.25')
+    result = run_cli('data', 'split', tmp_path / 'images', '--output', tmp_path / 'split', '--val', '.25', '--test',
+                     '.25')
     assert result.returncode == 0, result.stderr
     for name in unreadable:
         assert re.search(f'left out, not decodable.*{re.escape(name)}', result.stdout), name
@@ -54,7 +55,8 @@ def test_damaged_images_from_split_to_prediction(trained, tmp_path):
     assert len(np.unique(wide)) > 200  # scaled, not cut off
 
     run_training(tmp_path / 'split', tmp_path / 'run')
-    result = run_cli('evaluate', tmp_path / 'run' / 'last.pth.tar', tmp_path / 'split', '--report', tmp_path / 'report')
+    result = run_cli('evaluate', tmp_path / 'run' / 'last.pth.tar', tmp_path / 'split', '--output',
+                     tmp_path / 'report')
     assert result.returncode == 0, result.stderr
     result = run_cli('predict', trained[1], tmp_path / 'images' / 'spots')
     assert result.returncode == 1

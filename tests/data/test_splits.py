@@ -78,7 +78,7 @@ def test_download_and_passing_faults(tmp_path, capsys):
     passing = {'Monkeypox/M01_01.jpg': [500, 503, 200], 'Others/NM01_01.jpg': ['truncated', 200],
                'Monkeypox/M09_02.jpg': ['wrong', 200], 'Others/NM68_01.jpg': [429, 200]}
     with source(passing) as (url, requests):
-        assert main(['data', 'msld', '--out', str(tmp_path / 'msld'), '--base-url', url]) == 0
+        assert main(['data', 'msld', '--output', str(tmp_path / 'msld'), '--base-url', url]) == 0
     assert hashes(tmp_path / 'msld') == hashes(MSLD)
     assert len(hashes(MSLD)) == 228
     assert requests['Monkeypox/M01_01.jpg'] == 3
@@ -155,7 +155,7 @@ def folder_of_images(root, classes=('a', 'b'), patients=20, shots=2):
 @needs_msld
 def test_msld_split(tmp_path, capsys):
     before = hashes(MSLD)
-    assert main(['data', 'split', str(MSLD), '--out', str(tmp_path / 'out')]) == 0
+    assert main(['data', 'split', str(MSLD), '--output', str(tmp_path / 'out')]) == 0
     rows, split_of = read_split(tmp_path / 'out')
     patients = patients_of(split_of, '_')
     assert len(patients) == 162
@@ -333,7 +333,7 @@ def test_refuses_folders_it_should_not_touch(tmp_path, capsys):
     shutil.copytree(src / 'a', src / 'train' / 'a')
     with pytest.raises(SplitError, match='split already'):
         split_images(src, tmp_path / 'out')
-    assert main(['data', 'split', str(tmp_path / 'nowhere'), '--out', str(tmp_path / 'out')]) == 1
+    assert main(['data', 'split', str(tmp_path / 'nowhere'), '--output', str(tmp_path / 'out')]) == 1
     assert 'is not a folder' in capsys.readouterr().err
 
 

@@ -57,7 +57,8 @@ def test_publish_told_the_wrong_model_says_what_does_not_fit(another, tmp_path):
     shutil.copytree(another.parent, tmp_path / 'run')
     args = yaml.safe_load((another.parent / 'args.yaml').read_text())
     (tmp_path / 'run' / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': 'se_densenet169'}))
-    assert main(['publish', str(tmp_path / 'run' / 'last.pth.tar'), 'owner/name', '--to', str(tmp_path / 'out')]) == 1
+    checkpoint = str(tmp_path / 'run' / 'last.pth.tar')
+    assert main(['publish', checkpoint, 'owner/name', '--output', str(tmp_path / 'out')]) == 1
 
 
 @pytest.mark.parametrize(('options', 'message'), [

@@ -36,7 +36,7 @@ def test_learns_and_leaves_files_that_timm_reads(data, tmp_path, capsys):
     model = timm.create_model('se_densenet121', num_classes=2, checkpoint_path=str(tmp_path / 'model_best.pth.tar'),
                               **SMALL_RUN['model_kwargs'])
     assert same(dict(model.state_dict()), dict(best['state_dict_ema']))  # timm takes the averaged weights
-    publish(tmp_path / 'model_best.pth.tar', 'owner/name', to=tmp_path / 'published')
+    publish(tmp_path / 'model_best.pth.tar', 'owner/name', output=tmp_path / 'published')
     published = timm.create_model(f'local-dir:{tmp_path / "published"}', pretrained=True)
     assert same(dict(published.state_dict()), dict(best['state_dict_ema']))
     assert published.pretrained_cfg['label_names'] == ['spots', 'stripes']

@@ -98,8 +98,8 @@ def split_images(
     if folds is not None and folds < 2:
         raise SplitError(f'--folds {folds}: cross-validation takes 2 folds or more.')
     if out.resolve().is_relative_to(src.resolve()):
-        raise SplitError(f'{out} lies inside {src}, where nothing is to be written. Choose another --out.')
-    check_new_folder(out, '--out', SplitError)
+        raise SplitError(f'{out} lies inside {src}, where nothing is to be written. Choose another --output.')
+    check_new_folder(out, '--output', SplitError)
 
     images = _find_images(src)
     hashes = _fingerprint(images)

@@ -3,7 +3,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import timm
 import torch
-import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .se_densenet import SE_PLACEMENTS, default_cfgs
@@ -11,11 +11,29 @@ from .se_densenet import SE_PLACEMENTS, default_cfgs
 __all__ = ['model_stats', 'models_table', 'placement_stats']
 
 
+class _Counter(TorchDispatchMode):
+    """Counts the outputs of products, and the elements that batch norms normalise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activations = self.normalised = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ('convolution', 'addmm', 'mm', 'bmm'):
+            self.activations += output.numel()
+        elif 'batch_norm' in name:
+            self.normalised += output[0].numel()
+        return output
+
+
 def model_stats(model: Any, size: Optional[int] = None) -> Dict[str, float]:
     """Count a model's parameters, multiply-adds and activations for one image, in millions.
 
-    Counted as timm's model cards do: convolutions and matrix products, neither norms nor the gates' scaling;
-    activations are the outputs of convolutions and linear layers.
+    Counted as timm's tables do, which is as fvcore does: convolutions, matrix products, and two for each element of a
+    batch norm; not activation functions, poolings and the gates' scaling. Activations are the outputs of convolutions
+    and matrix products.
 
     Args:
         model: Model on the meta device, so that nothing is run.
@@ -24,18 +42,13 @@ def model_stats(model: Any, size: Optional[int] = None) -> Dict[str, float]:
     Returns:
         `params`, `macs`, `activations`.
     """
-    outputs = []
-    handles = [m.register_forward_hook(lambda module, args, output: outputs.append(output.numel()))
-               for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     shape = (size, size) if size else model.pretrained_cfg['input_size'][1:]
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as products, _Counter() as counter:
         model.eval()(torch.empty(1, getattr(model, 'in_chans', 3), *shape, device='meta'))
-    for handle in handles:
-        handle.remove()
     return {
         'params': sum(p.numel() for p in model.parameters()) / 1e6,
-        'macs': counter.get_total_flops() / 2e6,
-        'activations': sum(outputs) / 1e6,
+        'macs': (products.get_total_flops() / 2 + 2 * counter.normalised) / 1e6,
+        'activations': counter.activations / 1e6,
     }
 
 
@@ -58,7 +71,7 @@ def models_table() -> str:
         size = cfg.default.input_size
         cells = [f'`{name}`', ', '.join(tags) or 'no weights exist', f'{size[1]}x{size[2]}']
         for _, stats, sites in placement_stats(name):
-            where = f', {sites} SE' if sites else ''
-            cells.append(f'{stats["params"]:.2f} M, {stats["macs"] / 1e3:.3f} G{where}')
+            gates = f', {sites} SE' if sites else ''
+            cells.append(f'{stats["params"]:.2f} M, {stats["macs"] / 1e3:.3f} G{gates}')
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
