@@ -24,7 +24,7 @@ __all__ = ['ATTN_LAYERS', 'GATE_LAYERS', 'IdentityGate', 'add_start', 'check_key
            'is_attn_key', 'layer_names', 'register_start_hook']
 
 # timm's name of each channel attention -> its last layers before a gate.
-# 'ge' is left out: timm 1.0.31 raises a TypeError on creating one.
+# Left out: 'ge', on which timm 1.0.31 raises a TypeError, and 'lcbam', one of whose gates is a function in its forward.
 _GATE_INPUTS: Dict[str, Tuple[str, ...]] = {
     'se': ('fc2',),
     'ese': ('fc',),
@@ -34,7 +34,6 @@ _GATE_INPUTS: Dict[str, Tuple[str, ...]] = {
     'gc': ('mlp_scale.fc2',),
     'gca': ('mlp_add.fc2',),
     'cbam': ('channel.fc2', 'spatial.conv.bn'),
-    'lcbam': ('channel.fc2', 'spatial.conv.bn'),
     'coord': ('conv_h', 'conv_w'),
     'scoord': ('fc_h', 'fc_w'),
     'ela': ('norm_h', 'norm_w'),
@@ -49,16 +48,15 @@ DEFAULT_RD_CHANNELS = 16
 class IdentityGate(nn.Module):
     """A gate divided by its value at zero, so that it starts at exactly 1."""
 
-    def __init__(self, gate: nn.Module, start: float = .5) -> None:
+    def __init__(self, gate: nn.Module) -> None:
         """Wrap a gate.
 
         Args:
-            gate: Activation without parameters, so that no key of a state dict changes.
-            start: What it gives at zero.
+            gate: One of `GATE_LAYERS`: 0.5 at zero, and without parameters, so that no key of a state dict changes.
         """
         super().__init__()
         self.gate = gate
-        self.scale = 1. / start
+        self.scale = 2.
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.gate(x) * self.scale
@@ -127,8 +125,7 @@ def create_channel_attn(
     attn = create_attn(attn_layer, channels, gate_layer=gate_layer, device=device, dtype=dtype, **reduction)
     for name, gate in list(attn.named_modules()):
         if name.split('.')[-1] == 'gate':
-            # lcbam's channel gate is a function, out of reach: its spatial gate makes up for both.
-            attn.set_submodule(name, IdentityGate(gate, start=.25 if attn_layer == 'lcbam' else .5))
+            attn.set_submodule(name, IdentityGate(gate))
     _zero_gate_inputs(attn, attn_layer)
     return attn
 
