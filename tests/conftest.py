@@ -57,7 +57,7 @@ def hub() -> HubServer:
 def write_split(root: Path, per_class: int, test: float = .2) -> Path:
     """A split of generated images, spots and stripes, of 48 pixels."""
     generate_images(root / 'images', per_class=per_class, size=48)
-    split_images(root / 'images', root / 'split', val=.2, test=test)
+    split_images(root / 'images', root / 'split', val=.25, test=test)
     return root / 'split'
 
 

@@ -1,21 +1,46 @@
 """Command line: argument parsing only, every command is one call into another module."""
 import argparse
+import ast
 import io
+import os
 import sys
-import typing
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import yaml
-from timm.utils import ParseKwargs
 
-from . import __version__
-from .errors import UserError
+from . import __version__, options
+from .errors import OptionError, UserError
 
 # What commands import when they run -> the extra that brings it.
-_EXTRAS = {'sklearn': 'report', 'scipy': 'report', 'matplotlib': 'report', 'imagehash': 'report',
+_EXTRAS = {'sklearn': 'report', 'scipy': 'report', 'matplotlib': 'report', 'cv2': 'report', 'faiss': 'report',
            'pytorch_grad_cam': 'explain', 'gradio': 'serve'}
+
+_COUNT = options.Number(int, least=1)
+_NOT_NEGATIVE = options.Number(int, least=0)
+_SHARE = options.Number(float, least=0, below=1)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise OptionError(f'{message} (see {self.prog} --help)')
+
+
+class _KeywordArguments(argparse.Action):
+    """NAME=VALUE ..., a value being Python's, or text; as timm's ParseKwargs, which raises on what is neither."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
+        given = {}
+        for value in values:
+            name, equals, text = value.partition('=')
+            if not (name.isidentifier() and equals):
+                raise argparse.ArgumentError(self, f'{value!r} is not NAME=VALUE')
+            try:
+                given[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                given[name] = text
+        setattr(namespace, self.dest, given)
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -25,12 +50,13 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: Arguments, those of the process if None.
 
     Returns:
-        Exit status: 0, or 1 where the input was at fault (the reason goes to standard error).
+        Exit status: 0; 1 where the input was at fault, 2 where an option was, 130 after Ctrl-C, 141 where nobody reads
+        the output. Standard error says why.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files that its encoding lacks are escaped
             stream.reconfigure(errors='backslashreplace')
-    parser = argparse.ArgumentParser(prog='timm-densese', description='SE-DenseNets for timm.')
+    parser = _Parser(prog='timm-densese', description='SE-DenseNets for timm.')
     parser.add_argument('--version', action='version', version=f'timm-densese {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     _add_models(commands)
@@ -43,19 +69,30 @@ def main(argv: Optional[List[str]] = None) -> int:
     _add_serve(commands)
     _add_publish(commands)
     _add_card(commands)
-    argv = sys.argv[1:] if argv is None else argv
+    _add_train(commands)
     try:
-        _add_train(commands, argv)
         args = parser.parse_args(argv)
-        return args.run(args) or 0
+        for module in getattr(args, 'device_modules', None) or []:
+            options.check('--device-modules', options.ModuleName(), module)
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
     except UserError as e:
         print(f'timm-densese: {e}', file=sys.stderr)
+        return 2 if isinstance(e, OptionError) else 1
+    except KeyboardInterrupt as e:
+        print(f'\ntimm-densese: stopped. {e or "Nothing half-done is left: run the same command again."}',
+              file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except ModuleNotFoundError as e:
         extra = _EXTRAS.get((e.name or '').split('.')[0])
         if extra is None:
             raise
         print(f'timm-densese: this needs {e.name}: pip install "timm-densese[{extra}]"', file=sys.stderr)
-    return 1
+        return 1
 
 
 # Each command imports what it runs when it runs, so that none needs another's extras.
@@ -89,13 +126,14 @@ def _add_demo(commands: Any) -> None:
 def _add_data(commands: Any) -> None:
     def run_msld(args: argparse.Namespace) -> None:
         from .data.msld import download_msld
-        download_msld(out=args.output, **({'base_url': args.base_url} if args.base_url else {}))
+        download_msld(args.output, **({'base_url': args.base_url} if args.base_url else {}))
 
     def run_split(args: argparse.Namespace) -> None:
         from .data.splits import split_images
         split_images(
-            src=args.src, out=args.output, val=args.val, test=args.test, seed=args.seed, folds=args.folds,
-            groups=args.groups, group_regex=args.group_regex, report=args.report)
+            src=args.src, output=args.output, val=args.val, test=args.test, seed=args.seed, folds=args.folds,
+            groups=args.groups, group_regex=args.group_regex, report=args.report,
+            labels=args.labels, keep_test=args.keep_test, copy=args.copy)
 
     parser = commands.add_parser('data', help='get and split image folders')
     actions = parser.add_subparsers(required=True, metavar='ACTION')
@@ -108,13 +146,17 @@ def _add_data(commands: Any) -> None:
     split = actions.add_parser('split', help='split a folder of class folders, parting no patient and no copies')
     split.add_argument('src', type=Path, metavar='SRC', help='folder with a folder of images a class')
     _add_output(split, '--out', required=True, help='folder to write train/, val/, test/ and split.csv to')
-    split.add_argument('--val', type=float, default=.1, help='share to validate on (%(default)s)')
-    split.add_argument('--test', type=float, default=.2, help='share to test on (%(default)s)')
-    split.add_argument('--seed', type=int, default=0, help='seed (%(default)s)')
-    split.add_argument('--folds', type=int, help='write this many folds, each tested on its own share')
-    split.add_argument('--groups', type=Path, help='CSV with the columns file, and patient or group')
-    split.add_argument('--group-regex', help='pattern whose first group, in the file name, is the patient')
-    split.add_argument('--report', type=Path, help='picture to write of the images that look the same')
+    split.add_argument('--val', type=_SHARE, default=.1, help='share to validate on (%(default)s)')
+    split.add_argument('--test', type=_SHARE, default=.2, help='share to test on (%(default)s)')
+    split.add_argument('--seed', type=_NOT_NEGATIVE, default=0, help='seed (%(default)s)')
+    split.add_argument('--folds', type=options.Number(int, least=2),
+                       help='write this many folds, each tested on its own share')
+    split.add_argument('--groups', type=Path, help='table with a column for the file, and one for the patient')
+    split.add_argument('--group-regex', help='pattern whose first group, in the path below the class, is the patient')
+    split.add_argument('--labels', type=Path, help='table with a column for the file, and one for the class')
+    split.add_argument('--keep-test', action='store_true', help='SRC has train/ and test/: keep test/, carve val')
+    split.add_argument('--copy', action='store_true', help='copy the files, where hard links share edits with SRC')
+    split.add_argument('--report', type=Path, help='picture to write of the images that show the same picture')
     split.set_defaults(run=run_split)
 
 
@@ -132,19 +174,50 @@ def _add_run(commands: Any) -> None:
 
 
 def _add_model(parser: Any) -> None:
-    parser.add_argument('model', metavar='MODEL', help='checkpoint, hf-hub:OWNER/NAME, local-dir:DIR, or a name')
-    parser.add_argument('--device', default='', help='device (default: cuda where there is one, else cpu)')
+    parser.add_argument('of', metavar='MODEL', help='checkpoint, hf-hub:OWNER/NAME, local-dir:DIR, or a name')
+    parser.add_argument('--device', type=options.Device(), default='',
+                        help='device (default: cuda where there is one, else cpu)')
+    _add_what_a_file_lacks(parser)
+
+
+def _add_what_a_file_lacks(parser: Any) -> None:
+    parser.add_argument('--model', default='', help="name of a checkpoint's model, if its file does not say")
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=_KeywordArguments, metavar='NAME=VALUE',
+                        help='arguments of the model, over those that the run recorded')
+    parser.add_argument('--class-names', nargs='+', metavar='NAME',
+                        help='classes in the order of the outputs, or a file with one a line, if the model has none')
+    _add_device_modules(parser)
+
+
+def _add_device_modules(parser: Any) -> None:
+    parser.add_argument('--device-modules', nargs='+', metavar='MODULE',
+                        help='modules to import, with models of your own')
+
+
+def _load_model(args: argparse.Namespace) -> Any:
+    from .checkpoints import load_model
+
+    return load_model(of=args.of, device=args.device, architecture=args.model, model_kwargs=args.model_kwargs,
+                      class_names=_class_names(args))
+
+
+def _class_names(args: argparse.Namespace) -> Optional[List[str]]:
+    names = args.class_names
+    if names and len(names) == 1 and Path(names[0]).is_file():
+        return Path(names[0]).read_text(encoding='utf-8').splitlines()
+    return names
 
 
 def _add_batches(parser: Any) -> None:
-    parser.add_argument('-b', '--batch-size', type=int, default=32, help='images a batch (%(default)s)')
-    parser.add_argument('-j', '--workers', type=int, default=2, help='processes that read images (%(default)s)')
+    parser.add_argument('-b', '--batch-size', type=_COUNT, default=32, help='images a batch (%(default)s)')
+    parser.add_argument('-j', '--workers', type=_NOT_NEGATIVE, default=2,
+                        help='processes that read images (%(default)s)')
 
 
 def _add_evaluate(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .evaluate import evaluate
-        evaluate(model=args.model, data=args.data, output=args.output, split=args.split, compare=args.compare,
+        evaluate(model=_load_model(args), data=args.data, output=args.output, split=args.split, compare=args.compare,
                  device=args.device, batch_size=args.batch_size, workers=args.workers, seed=args.seed)
 
     parser = commands.add_parser('evaluate', help='score a model, with intervals by patient, and write a report')
@@ -153,15 +226,17 @@ def _add_evaluate(commands: Any) -> None:
     _add_output(parser, '--report', required=True, help='folder to write')
     parser.add_argument('--split', default='', help='folder of DIR to score (default: test, or DIR itself)')
     parser.add_argument('--compare', default='', metavar='MODEL', help='another model to compare with in pairs')
-    parser.add_argument('--seed', type=int, default=0, help='seed of the bootstrap (%(default)s)')
+    parser.add_argument('--seed', type=_NOT_NEGATIVE, default=0, help='seed of the bootstrap (%(default)s)')
     _add_batches(parser)
     parser.set_defaults(run=run)
 
 
 def _add_explain(commands: Any) -> None:
-    def run(args: argparse.Namespace) -> None:
+    def run(args: argparse.Namespace) -> int:
         from .explain import explain
-        explain(model=args.model, images=args.images, output=args.output, before=args.before, device=args.device)
+        explained = explain(
+            model=_load_model(args), images=args.images, output=args.output, before=args.before, device=args.device)
+        return min(1, len(explained['unreadable']))
 
     parser = commands.add_parser('explain', help='draw Grad-CAM overlays and what the gates do')
     _add_model(parser)
@@ -175,13 +250,13 @@ def _add_predict(commands: Any) -> None:
     def run(args: argparse.Namespace) -> int:
         from .predict import predict_files
         return min(1, predict_files(
-            model=args.model, images=args.images, top_k=args.top_k, calibration=args.calibration, as_json=args.json,
-            output=args.output, device=args.device, batch_size=args.batch_size, workers=args.workers))
+            model=_load_model(args), images=args.images, top_k=args.top_k, calibration=args.calibration,
+            as_json=args.json, output=args.output, batch_size=args.batch_size, workers=args.workers))
 
     parser = commands.add_parser('predict', help='print the most probable classes of images')
     _add_model(parser)
     parser.add_argument('images', nargs='+', metavar='IMAGES', help='files, folders or patterns')
-    parser.add_argument('-k', '--top-k', type=int, default=5, help='classes to show (%(default)s)')
+    parser.add_argument('-k', '--top-k', type=_COUNT, default=5, help='classes to show (%(default)s)')
     _add_calibration(parser)
     parser.add_argument('--json', action='store_true', help='print JSON')
     _add_output(parser, '--csv', metavar='FILE', help='CSV file to write, too')
@@ -196,19 +271,18 @@ def _add_calibration(parser: Any) -> None:
 def _add_serve(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .serve import serve
-        serve(model=args.model, calibration=args.calibration, device=args.device, port=args.port)
+        serve(model=_load_model(args), calibration=args.calibration, device=args.device, port=args.port)
 
     parser = commands.add_parser('serve', help='open a local web page to try a model')
     _add_model(parser)
     _add_calibration(parser)
-    parser.add_argument('--port', type=int, default=7860, help='port on 127.0.0.1 (%(default)s)')
+    parser.add_argument('--port', type=options.Number(int, least=1, most=65535), default=7860,
+                        help='port on 127.0.0.1 (%(default)s)')
     parser.set_defaults(run=run)
 
 
 def _add_checkpoint_options(parser: Any) -> None:
-    parser.add_argument('--model', default='', help="name of the model (default: the checkpoint's)")
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='NAME=VALUE',
-                        help='arguments of the model, over those that the run recorded')
+    _add_what_a_file_lacks(parser)
     parser.add_argument('--metrics', type=Path, metavar='JSON', help='measured results')
     parser.add_argument('--data', type=Path, metavar='DIR', help='folder that it was trained on, for the class names')
 
@@ -220,8 +294,8 @@ def _add_publish(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .publish import publish
         publish(checkpoint=args.checkpoint, repo_id=args.repo, model=args.model, model_kwargs=args.model_kwargs,
-                metrics=args.metrics, data=args.data, private=args.private, revision=args.revision, create_pr=args.pr,
-                output=args.output, confirm=confirm)
+                metrics=args.metrics, data=args.data, class_names=_class_names(args), private=args.private,
+                revision=args.revision, create_pr=args.pr, output=args.output, confirm=confirm)
 
     parser = commands.add_parser('publish', help='push a checkpoint to the Hugging Face Hub, with a model card')
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='OUTPUT/model_best.pth.tar, for example')
@@ -238,7 +312,7 @@ def _add_card(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .publish import write_card
         write_card(of=args.of, repo_id=args.repo, model=args.model, model_kwargs=args.model_kwargs,
-                   metrics=args.metrics, data=args.data, output=args.output)
+                   metrics=args.metrics, data=args.data, class_names=_class_names(args), output=args.output)
 
     parser = commands.add_parser('card', help='make the model card of a registered model or of a checkpoint')
     parser.add_argument('of', metavar='MODEL|CHECKPOINT', help='se_densenet121, or OUTPUT/model_best.pth.tar')
@@ -248,46 +322,60 @@ def _add_card(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _add_train(commands: Any, argv: List[str]) -> None:
+def _add_train(commands: Any) -> None:
     from .training import TrainConfig, train
 
     def run(args: argparse.Namespace) -> None:
-        options = {f.name: getattr(args, f.name) for f in fields(TrainConfig)}
-        train(TrainConfig(**{**options, 'data_dir': args.data or args.data_dir}))
+        given = vars(args)
+        values = _read_config(args.config) if args.config else {}
+        values.update({option.name: given[option.name] for option in fields(TrainConfig) if option.name in given})
+        if args.data:
+            values['data_dir'] = args.data
+        train(TrainConfig(**values))
 
+    # What is not given is not in the namespace: the file's values go before the defaults.
     parser = commands.add_parser(
         'train', help="fine-tune a model; the option names are those of timm's train.py",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('data', nargs='?', metavar='DIR', help='folder with train/CLASS/ and val/CLASS/')
-    parser.add_argument('-c', '--config', help='YAML file of options, which the command line overrides')
+        argument_default=argparse.SUPPRESS)
+    parser.add_argument('data', nargs='?', default=None, metavar='DIR', help='folder with train/CLASS/ and val/CLASS/')
+    parser.add_argument('-c', '--config', type=Path, default=None,
+                        help='YAML file of options, which the command line overrides')
     short = {'batch_size': '-b', 'validation_batch_size': '-vb', 'workers': '-j'}
-    types = typing.get_type_hints(TrainConfig)
+    defaults = TrainConfig()
     for option in fields(TrainConfig):
         names = [f'--{option.name.replace("_", "-")}', *filter(None, [short.get(option.name)])]
-        default = getattr(TrainConfig(), option.name)
-        kind = types[option.name]
-        how: Dict[str, Any]
-        if kind is bool:
+        kind = option.metadata['kind']
+        how: Dict[str, Any] = {}
+        if isinstance(kind, options.Flag):
             how = {'action': argparse.BooleanOptionalAction}
-        elif kind == Dict[str, Any]:
-            how = {'nargs': '*', 'action': ParseKwargs}
-        elif kind == List[float]:
-            how = {'nargs': '+', 'type': float}
-        else:
-            how = {'type': next(t for t in (typing.get_args(kind) or (kind,)) if t is not type(None))}
-        parser.add_argument(*names, default=default, help=option.metadata['help'], **how)
+        elif isinstance(kind, options.Mapping):
+            how = {'nargs': '*', 'action': _KeywordArguments, 'metavar': 'NAME=VALUE'}
+        elif isinstance(kind, options.ListOf):
+            how = {'nargs': '+'}
+        default = getattr(defaults, option.name)
+        shown = f' (default: {default})' if default or isinstance(default, (bool, int)) else ''
+        parser.add_argument(*names, help=f'{option.metadata["help"]}{shown}'.replace('%', '%%'), **how)
     parser.set_defaults(run=run)
 
-    # As timm's train.py does it: the file's values become the defaults.
-    if argv[:1] == ['train']:
-        config_parser = argparse.ArgumentParser(add_help=False)
-        config_parser.add_argument('-c', '--config', type=Path)
-        config = config_parser.parse_known_args(argv[1:])[0].config
-        if config:
-            if not config.is_file():
-                raise UserError(f'-c {config}: there is no such file.')
-            values = yaml.safe_load(config.read_text())
-            unknown = sorted(set(values) - {option.name for option in fields(TrainConfig)})
-            if unknown:
-                raise UserError(f'{config}: timm-densese train has no option {", ".join(unknown)}.')
-            parser.set_defaults(**values)
+
+def _read_config(file: Path) -> Dict[str, Any]:
+    """Read a YAML file of options for `train`; their values are checked where all options are."""
+    from .training import TrainConfig
+
+    given = f'-c {file}'
+    try:
+        values = yaml.safe_load(file.read_text(encoding='utf-8'))
+    except FileNotFoundError as e:
+        raise OptionError(f'{given}: there is no such file.') from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise OptionError(f'{given} cannot be read ({e}).') from e
+    except yaml.YAMLError as e:
+        raise OptionError(f'{given} is no YAML ({" ".join(str(e).split())}).') from e
+    if not isinstance(values, dict):
+        found = 'nothing' if values is None else repr(values)[:60]
+        raise OptionError(f'{given} holds {found}, and no lines such as "lr: 0.001".')
+    names = [option.name for option in fields(TrainConfig)]
+    for name in values:
+        if name not in names:
+            raise OptionError(f'{given}: train has no option {name!r}{options.close_matches(name, names)}')
+    return values

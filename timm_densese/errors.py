@@ -1,4 +1,5 @@
 """What a user can put right: a class for each cause, and a message that says what was found and what to do."""
+import errno
 import importlib.util
 import re
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 __all__ = [
+    'CheckpointError',
     'CheckpointFileError',
     'CheckpointMismatchError',
     'DownloadError',
@@ -25,6 +27,7 @@ __all__ = [
     'MetricsError',
     'ModelConfigError',
     'ModelNotFoundError',
+    'OptionError',
     'PublishError',
     'ScriptError',
     'SplitError',
@@ -42,7 +45,11 @@ class UserError(Exception):
     """Base of the errors below; the command line prints its message and no traceback."""
 
 
-class CheckpointMismatchError(UserError, RuntimeError):
+class CheckpointError(UserError, ValueError):
+    """A trained model cannot be loaded as it is; each cause that has a class of its own is one of these."""
+
+
+class CheckpointMismatchError(CheckpointError, RuntimeError):
     """A checkpoint holds other tensors than the model: some are missing, left over, or of another shape.
 
     Attributes:
@@ -70,16 +77,20 @@ class CheckpointMismatchError(UserError, RuntimeError):
         super().__init__('\n'.join(lines))
 
 
-class CheckpointFileError(UserError, ValueError):
+class CheckpointFileError(CheckpointError):
     """A checkpoint file cannot be read, or asks for what is not read; nothing of it was loaded."""
 
 
-class ModelConfigError(UserError, ValueError):
+class ModelConfigError(CheckpointError):
     """A config.json asks for a model that is not built."""
 
 
-class ModelNotFoundError(UserError, ValueError):
+class ModelNotFoundError(CheckpointError):
     """What was named is no checkpoint, repository, folder or registered model."""
+
+
+class OptionError(UserError, ValueError):
+    """An option's value cannot be used; nothing was started."""
 
 
 class ImagesError(UserError, ValueError):
@@ -195,8 +206,19 @@ def hub_errors(repo_id: str, doing: str) -> Iterator[None]:
     except (_TRANSPORT_ERROR, OSError) as e:
         if isinstance(e, FileNotFoundError):
             raise
-        advice = 'The connection broke and several attempts failed. Nothing half-sent or half-read is used: run again.'
+        advice = _cache_advice(e) or (
+            'The connection broke and several attempts failed. Nothing half-sent or half-read is used: run again.')
         raise _hub_error(e, repo_id, doing, advice) from e
+
+
+def _cache_advice(error: Exception) -> str:
+    """What to do where a file could not be written, empty where that is not what went wrong."""
+    code = getattr(error, 'errno', None)
+    if code not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        return ''
+    wrong = 'is full' if code in (errno.ENOSPC, errno.EDQUOT) else 'cannot be written'
+    return (f'The cache {constants.HF_HUB_CACHE} {wrong}: make room or give the right to write there, or set HF_HOME '
+            f'to another folder.')
 
 
 def _hub_error(error: Exception, repo_id: str, doing: str, advice: str) -> HubError:

@@ -1,13 +1,20 @@
 """What a training is made of: folders, images and checkpoints that do not do, and the options' ways in."""
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
-from conftest import run_cli, run_training
+from conftest import SMALL_RUN, load_saved, read_summary, run_cli, run_training
 
 from timm_densese.cli import main
-from timm_densese.errors import CheckpointMismatchError, TrainingError
+from timm_densese.errors import CheckpointMismatchError, OptionError, TrainingError
+from timm_densese.training import TrainConfig, train
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,50 +53,109 @@ def another(small_split, tmp_path_factory):
     return output / 'last.pth.tar'
 
 
-@pytest.mark.parametrize('how', ['resume', 'initial_checkpoint', 'pretrained_path'])
+@pytest.mark.parametrize('how', ['initial_checkpoint', 'pretrained_path'])
 def test_a_checkpoint_of_another_architecture(small_split, another, tmp_path, how):
-    with pytest.raises((TrainingError, CheckpointMismatchError), match=r'last.pth.tar is no checkpoint|does not fit'):
+    with pytest.raises(CheckpointMismatchError, match='does not fit'):
         run_training(small_split, tmp_path / 'run', **{how: str(another)})
     assert not (tmp_path / 'run').exists()
 
 
-def test_publish_told_the_wrong_model_says_what_does_not_fit(another, tmp_path):
+def test_what_cannot_be_resumed(small_split, another, tmp_path):
+    """Another architecture, another folder, a file without the optimizer, no checkpoint, no file, a finished run."""
+    shutil.copytree(another.parent, tmp_path / 'run')
+    run = tmp_path / 'run'
+    saved = load_saved(run)
+    torch.save(saved['state_dict'], run / 'weights.pth')
+    torch.save({key: value for key, value in saved.items() if key != 'optimizer'}, run / 'no_optimizer.pth.tar')
+    (run / 'text.pth').write_text('no checkpoint')
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    own = dict(model='resnet10t', model_kwargs={})
+    for file, output, options, message in (
+            ('last.pth.tar', run, {}, 'is no checkpoint that this training can go on from'),
+            ('last.pth.tar', tmp_path / 'other', own, rf'goes on with the run in {run}, so give --output {run}'),
+            ('weights.pth', run, own, r'no state of the optimizer.*--initial-checkpoint'),
+            ('no_optimizer.pth.tar', run, own, 'no state of the optimizer'),
+            ('text.pth', run, own, 'is no checkpoint that'),
+            ('nowhere.pth', run, own, 'there is no such file'),
+    ):
+        with pytest.raises(OptionError, match=f'--resume {run / file}.*{message}'):
+            run_training(small_split, output, epochs=2, resume=str(run / file), **options)
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert not (tmp_path / 'other').exists()
+    with pytest.raises(TrainingError, match=r'is finished: 1 epochs are done, and --epochs is 1.*raise --epochs'):
+        run_training(small_split, run, resume=str(run / 'last.pth.tar'), **own)
+
+
+def test_a_checkpoint_tells_of_itself_and_what_contradicts_it_does_not_fit(another, tmp_path):
     shutil.copytree(another.parent, tmp_path / 'run')
     args = yaml.safe_load((another.parent / 'args.yaml').read_text())
-    (tmp_path / 'run' / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': 'se_densenet169'}))
-    checkpoint = str(tmp_path / 'run' / 'last.pth.tar')
-    assert main(['publish', checkpoint, 'owner/name', '--output', str(tmp_path / 'out')]) == 1
+    (tmp_path / 'run' / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': 'se_densenet169'}))  # of another run
+    command = ['publish', str(tmp_path / 'run' / 'last.pth.tar'), 'owner/name', '--output']
+    assert main([*command, str(tmp_path / 'out')]) == 0
+    assert main([*command, str(tmp_path / 'out2'), '--model-kwargs', 'growth_rate=24']) == 1
+    assert main([*command, str(tmp_path / 'out2'), '--model', 'resnet10t']) == 1
+    assert not (tmp_path / 'out2').exists()
 
 
 @pytest.mark.parametrize(('options', 'message'), [
     (dict(output=''), '--output'),
-    (dict(eval_metric='f1'), 'one of loss, top1'),
-    (dict(resume='nowhere.pth.tar'), 'there is no such file'),
-    (dict(pretrained_path='nowhere.pth'), 'could not be loaded'),
-    (dict(initial_checkpoint='nowhere.pth'), '--pretrained-path FILE'),
+    (dict(data_dir=''), 'folder of the images'),
+    (dict(output='/dev/null/here'), '--output /dev/null/here: /dev/null is a file'),
+    (dict(pretrained_path='nowhere.pth'), '--pretrained-path nowhere.pth: there is no such file'),
+    (dict(initial_checkpoint='nowhere.pth'), '--initial-checkpoint nowhere.pth: there is no such file'),
+    (dict(model_kwargs=dict(nope=1)), r"--model-kwargs nope=1: .*unexpected keyword argument 'nope'"),
+    (dict(model_kwargs=dict(se_placement='nope')), "--model-kwargs se_placement=nope: .*'final', 'stage', 'layer'"),
+    (dict(model_kwargs=dict(in_chans=1)), 'takes 1 channels, and images are read in RGB'),
+    (dict(model='se_densenet264d', pretrained=True), '--model se_densenet264d.*: No pretrained weights exist'),
+    (dict(img_size=8), '--img-size 8: .*too small'),
+    (dict(batch_size=1, model_kwargs=dict(growth_rate=4, block_config=(2, 2, 2, 2))), '--batch-size 1: .*Give 2 or mo'),
+    (dict(opt='adahessian'), '--opt adahessian: '),
+    (dict(sched='wsd', epochs=2, warmup_epochs=2), '--sched wsd: .*decay_epochs'),
+    (dict(model='alexnet_of_nobody'), "--model: 'alexnet_of_nobody' is no model"),
 ])
 def test_options_that_are_refused(small_split, tmp_path, options, message):
-    with pytest.raises(TrainingError, match=message):
-        run_training(small_split, **{'output': tmp_path / 'out', **options})
+    given = {**SMALL_RUN, 'data_dir': str(small_split), 'output': str(tmp_path / 'out'), 'epochs': 1, **options}
+    with pytest.raises(OptionError, match=message) as error:
+        train(TrainConfig(**given))
+    assert '\n' not in str(error.value)
     assert not (tmp_path / 'out').exists()
 
 
-def test_command_line_and_recipe(small_split, tmp_path, capsys, monkeypatch):
-    got = []
-    monkeypatch.setattr('timm_densese.training.train', got.append)
-    recipe = str(ROOT / 'configs' / 'msld.yaml')
-    assert main(['train', str(small_split), '-c', recipe, '--output', 'out', '--no-pretrained', '--lr', '2e-4',
-                 '--model-kwargs', 'se_placement=stage', 'rd_channels=8']) == 0
-    config = got[0]
-    values = yaml.safe_load(Path(recipe).read_text())
-    for key, value in values.items():
-        if key not in ('lr', 'pretrained'):
-            assert getattr(config, key) == value, key
-    assert (config.lr, config.pretrained, config.data_dir) == (2e-4, False, str(small_split))
-    assert config.model_kwargs == {'se_placement': 'stage', 'rd_channels': 8}
+def test_a_transformer_trains_at_the_size_that_is_asked_for(small_split, tmp_path):
+    run_training(small_split, tmp_path, model='vit_tiny_patch16_224', model_kwargs=dict(depth=1), img_size=64)
+    args = yaml.safe_load((tmp_path / 'args.yaml').read_text())
+    assert args['input_size'] == [3, 64, 64]
+    assert args['model_args'].pop('num_classes') == 2
+    model = timm.create_model(args['architecture'], num_classes=2, checkpoint_path=str(tmp_path / 'last.pth.tar'),
+                              **args['model_args'])
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
 
-    (tmp_path / 'wrong.yaml').write_text('learning_rate: 1\n')
-    assert main(['train', str(small_split), '-c', str(tmp_path / 'wrong.yaml')]) == 1
-    assert 'has no option learning_rate' in capsys.readouterr().err
-    assert main(['train', str(small_split), '-c', str(tmp_path / 'nowhere.yaml')]) == 1
-    assert 'there is no such file' in capsys.readouterr().err
+
+@pytest.mark.parametrize('options', [
+    dict(sched='step', decay_epochs=1),
+    dict(sched='multistep', decay_milestones=[2]),
+    dict(sched='tanh'),
+    dict(sched='poly', decay_rate=2.),
+    dict(sched='wsd'),
+    dict(sched='rsqrt', warmup_epochs=1, decay_epochs=1),
+    dict(sched='constant'),
+])
+def test_schedules(small_split, tmp_path, options):
+    run_training(small_split, tmp_path, **{'epochs': 3, 'warmup_epochs': 0, 'warmup_lr': .02, 'lr': .01, **options})
+    rates = [row['lr'] for row in read_summary(tmp_path)]
+    expected = {'step': [.01, .001, .0001], 'multistep': [.01, .001, .001], 'constant': [.01] * 3}
+    assert rates == pytest.approx(expected.get(options['sched'], sorted(rates, reverse=True)))
+
+
+def test_no_network_is_said_within_seconds(small_split, tmp_path):
+    start = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, '-m', 'timm_densese', 'train', small_split, '-c', ROOT / 'configs' / 'msld.yaml', '--output',
+         tmp_path / 'run'], capture_output=True, text=True, env={
+             **os.environ, 'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path / 'home')})
+    assert process.returncode == 1
+    assert 'could not be reached' in process.stderr
+    assert '--no-pretrained' in process.stderr
+    assert 'Traceback' not in process.stderr
+    assert time.monotonic() - start < 30
+    assert not (tmp_path / 'run').exists()

@@ -1,30 +1,27 @@
-"""What a training is made of: images, model, loss, optimizer and schedule, and where a resumed one stands."""
+"""What a training is made of, ready to start: images, model, optimizer, schedule."""
 import random
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ContextManager, Dict, List, Optional, Set, Tuple
 
 import numpy as np
-import timm
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
-from timm.optim import create_optimizer_v2
+from timm.data import create_transform
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.task import ClassificationTask, load_task_ema_checkpoint
 from timm.utils import random_seed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ..data.images import ImageFolder, list_images, read_image
 from ..errors import TrainingError
 from ..files import printable
+from ..options import option_errors
 from .config import TrainConfig
+from .model import WeightedCrossEntropy, create_model, create_optimizer, place_model, resume_run, try_out
 
 __all__ = ['Run', 'build_run']
 
@@ -40,6 +37,8 @@ class Run:
         rank: Number of this one.
         classes: Names of the classes.
         data_config: Preprocessing: input_size (C, H, W), mean, std, interpolation, ...
+        recorded: What its checkpoints and args.yaml say of it: the options, the classes, the preprocessing, and the
+            model as it is made without the Hub.
         task: Model, averaged model and loss.
         optimizer: Optimizer.
         scheduler: Schedule of the learning rate, by updates.
@@ -53,6 +52,7 @@ class Run:
     rank: int
     classes: List[str]
     data_config: Dict[str, Any]
+    recorded: Dict[str, Any]
     task: ClassificationTask
     optimizer: torch.optim.Optimizer
     scheduler: Any
@@ -78,7 +78,8 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
         rank: Number of this one.
 
     Raises:
-        TrainingError: The folders do not hold what is needed, or weights cannot be loaded.
+        OptionError: An option cannot be used with the others.
+        TrainingError: The folders do not hold what is needed, or the Hub cannot be reached.
     """
     train_set, val_set = _open_split(config, config.train_split), _open_split(config, config.val_split)
     classes = train_set.classes
@@ -91,15 +92,16 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
             f'{config.train_split}/ holds {len(train_set.samples)} images, too few for {world} processes.')
 
     random_seed(config.seed)
-    model = _create_model(config, len(classes))
-    data_config = resolve_data_config({'img_size': config.img_size} if config.img_size else {}, model=model)
-    _place_model(config, model, device, world)
+    model, data_config, made_of = create_model(config, len(classes))
+    model.to(device)
+    batch_size = min(config.batch_size, len(train_set.samples) // world)
+    try_out(config, model, data_config, len(classes), batch_size * world)
+    place_model(config, model, device, world)
 
     # Task and optimizer, in the order of timm's train.py.
     task = ClassificationTask(model, _create_loss(config, train_set, len(classes)), device=device, verbose=False)
-    optimizer = create_optimizer_v2(
-        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay)
-    start_epoch = _resume(config.resume, task, optimizer) if config.resume else 0
+    optimizer = create_optimizer(config, model)
+    start_epoch = resume_run(config, task, optimizer) if config.resume else 0
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         if config.resume:
@@ -111,12 +113,17 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
         task.prepare_distributed(device_ids=[device] if device.type == 'cuda' else None, broadcast_buffers=False)
 
     train_loader, val_loader = _create_loaders(config, data_config, train_set, val_set, world, rank)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched=config.sched, num_epochs=config.epochs, warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr, min_lr=config.min_lr, step_on_epochs=False,
-        updates_per_epoch=_updates_per_epoch(config, train_loader))
-    return Run(config, device, world, rank, classes, data_config, task, optimizer, scheduler, train_loader, val_loader,
-               start_epoch)
+    with option_errors(f'--sched {config.sched}'):
+        scheduler, _ = create_scheduler_v2(
+            optimizer, sched=config.sched, num_epochs=config.epochs, decay_epochs=config.decay_epochs,
+            decay_milestones=config.decay_milestones, decay_rate=config.decay_rate,
+            warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr, min_lr=config.min_lr, step_on_epochs=False,
+            updates_per_epoch=_updates_per_epoch(config, train_loader))
+    recorded = {
+        **asdict(config), **made_of, 'num_classes': len(classes), 'class_names': classes,
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in data_config.items()}}
+    return Run(config, device, world, rank, classes, data_config, recorded, task, optimizer, scheduler, train_loader,
+               val_loader, start_epoch)
 
 
 def _updates_per_epoch(config: TrainConfig, loader: DataLoader) -> int:
@@ -206,106 +213,10 @@ def _create_loaders(
     return train_loader, val_loader
 
 
-# Model, loss and resumption.
-
-
-def _create_model(config: TrainConfig, num_classes: int) -> Any:
-    overlay = dict(file=config.pretrained_path, num_classes=-1) if config.pretrained_path else None
-    try:
-        return timm.create_model(
-            config.model, pretrained=config.pretrained or bool(config.pretrained_path), pretrained_cfg_overlay=overlay,
-            num_classes=num_classes, drop_rate=config.drop, checkpoint_path=config.initial_checkpoint,
-            **config.model_kwargs)
-    except OSError as e:  # huggingface_hub's errors are among these
-        source = config.pretrained_path or config.initial_checkpoint or f'the pretrained weights of {config.model}'
-        raise TrainingError(
-            f'{source} could not be loaded: {type(e).__name__} {e}\nCheck the path or the connection. Weights '
-            f'downloaded elsewhere go in with --pretrained-path FILE.') from e
-
-
-def _place_model(config: TrainConfig, model: Any, device: torch.device, world: int) -> None:
-    if config.grad_checkpointing:
-        model.set_grad_checkpointing()
-    model.to(device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if world > 1:
-        if device.type == 'cpu':
-            _convert_cpu_sync_batchnorm(model)
-        else:
-            convert_sync_batchnorm(model)
-
-
 def _create_loss(config: TrainConfig, train_set: ImageFolder, num_classes: int) -> nn.Module:
     weight = torch.ones(num_classes)
     if config.class_weights:
         labels = torch.tensor([label for _, label in train_set.samples])
         counts = labels.bincount(minlength=num_classes).float()
         weight = counts.sum() / (num_classes * counts)
-    return _WeightedCrossEntropy(weight, config.smoothing)
-
-
-def _resume(checkpoint: str, task: ClassificationTask, optimizer: torch.optim.Optimizer) -> int:
-    """Load model and optimizer, keep this run's own options of the optimizer, and give the next epoch."""
-    if not Path(checkpoint).is_file():
-        raise TrainingError(f'--resume {checkpoint}: there is no such file.')
-    options = [{k: v for k, v in group.items() if k != 'params'} for group in optimizer.param_groups]
-    try:
-        start_epoch = resume_task_checkpoint(task, checkpoint, optimizer=optimizer, log_info=False) or 0
-    except Exception as e:  # an unpickler's, a missing key, other shapes
-        raise TrainingError(
-            f'--resume {checkpoint} is no checkpoint that this training can go on from ({type(e).__name__}: '
-            f'{str(e).splitlines()[0] if str(e) else ""}). Give --model and --model-kwargs of its args.yaml, or '
-            f'start anew with --initial-checkpoint.') from e
-    for group, now in zip(optimizer.param_groups, options, strict=True):
-        group.pop('initial_lr', None)  # the schedule's; a run that failed is resumed with another --lr
-        group.update(now)
-    return start_epoch
-
-
-class _WeightedCrossEntropy(nn.Module):
-    """Cross entropy with label smoothing, averaged over the batch with a weight for each class.
-
-    torch's own weights divide by their sum over the batch, which differs between the processes of one global batch.
-    """
-
-    def __init__(self, class_weight: torch.Tensor, smoothing: float) -> None:
-        super().__init__()
-        self.register_buffer('class_weight', class_weight)
-        self.smoothing = smoothing
-
-    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss = F.cross_entropy(logits.float(), labels, reduction='none', label_smoothing=self.smoothing)
-        return (loss * self.get_buffer('class_weight')[labels]).mean()
-
-
-# Several processes.
-def _sync_batch_norm(norm: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
-    """Batch norm in training mode, over the batches of all processes."""
-    from torch.distributed.nn.functional import all_reduce  # the one with a gradient
-
-    count = x.numel() // x.shape[1] * dist.get_world_size()
-    mean = all_reduce(x.sum((0, 2, 3))) / count
-    centred = x - mean[:, None, None]
-    var = all_reduce(centred.square().sum((0, 2, 3))) / count
-    with torch.no_grad():
-        norm.get_buffer('num_batches_tracked').add_(1)
-        norm.get_buffer('running_mean').lerp_(mean, norm.momentum or 0.)
-        norm.get_buffer('running_var').lerp_(var * count / (count - 1), norm.momentum or 0.)
-    return centred * (norm.weight * (var + norm.eps).rsqrt())[:, None, None] + norm.bias[:, None, None]
-
-
-class _CpuSyncBatchNorm2d(nn.BatchNorm2d):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _sync_batch_norm(self, x) if self.training else super().forward(x)
-
-
-class _CpuSyncBatchNormAct2d(BatchNormAct2d):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.act(self.drop(_sync_batch_norm(self, x))) if self.training else super().forward(x)
-
-
-def _convert_cpu_sync_batchnorm(module: nn.Module) -> None:
-    sync = {nn.BatchNorm2d: _CpuSyncBatchNorm2d, BatchNormAct2d: _CpuSyncBatchNormAct2d}
-    for child in module.modules():
-        child.__class__ = sync.get(type(child), type(child))  # the same tensors and names, another forward
+    return WeightedCrossEntropy(weight, config.smoothing)

@@ -1,7 +1,9 @@
 """The loop: epochs, validation, the best one."""
 import argparse
 import math
+import sys
 from contextlib import ExitStack, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -13,10 +15,11 @@ from timm.utils import dispatch_clip_grad, init_distributed_device, random_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # comes with huggingface_hub
 
-from ..errors import TrainingError
+from ..errors import OptionError, TrainingError
+from ..files import check_writable
 from .build import Run, build_run
 from .config import TrainConfig
-from .records import Records
+from .records import Records, describe_start
 
 __all__ = ['train', 'validate']
 
@@ -32,18 +35,26 @@ def train(config: TrainConfig) -> Dict[str, Any]:
         config: What to train and how.
 
     Returns:
-        `classes`, the validation metrics `before` training and of the `best` epoch, and `best_epoch`.
+        `classes`, the validation metrics `before` training and of the `best` epoch, and `best_epoch`. A dry run has
+        `classes` alone.
 
     Raises:
+        OptionError: An option cannot be used, alone or with the others.
         TrainingError: The folders do not hold what is needed, the output folder holds another training, or the loss
             is not finite.
     """
+    if not config.data_dir:
+        raise OptionError('Give the folder of the images: timm-densese train DIR --output OUTPUT.')
     if not config.output:
-        raise TrainingError('Give --output: a folder for the checkpoints.')
+        raise OptionError('Give --output: a folder for the checkpoints.')
     args = argparse.Namespace(device=config.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     device = init_distributed_device(args)
     try:
         return _train(config, device, args.world_size, args.rank)
+    except KeyboardInterrupt:
+        last = Path(config.output) / 'last.pth.tar'
+        raise KeyboardInterrupt(
+            f'Go on with --resume {last}' if last.exists() else 'No epoch was done: start it again.') from None
     finally:
         if args.distributed:
             dist.destroy_process_group()
@@ -54,9 +65,15 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
     if last.exists() and not config.resume:
         raise TrainingError(
             f'{config.output} holds a training already. Go on with --resume {last}, or choose another --output.')
-    if config.eval_metric not in ('loss', 'top1', 'balanced_top1'):
-        raise TrainingError(f'--eval-metric {config.eval_metric!r} is not one of loss, top1, balanced_top1.')
+    check_writable(Path(config.output), '--output')
     run = build_run(config, device, world, rank)
+    if rank == 0:
+        print(describe_start(run))
+    if config.dry_run:
+        loss = _train_epoch(run, run.start_epoch, batches=1)
+        if rank == 0:
+            print(f'Dry run: one batch was trained on, with the loss {loss:.4f}. Nothing was written.')
+        return {'classes': run.classes}
     with ExitStack() as stack:
         records: Optional[Records] = None
         if rank == 0:
@@ -96,10 +113,14 @@ def _run_epochs(run: Run, records: Optional[Records], best: Optional[Dict[str, A
             print(f'epoch {epoch}: train loss {train_loss:.4f}, val loss {metrics["loss"]:.4f}, '
                   f'top1 {metrics["top1"]:.1f}%, balanced {metrics["balanced_top1"]:.1f}%'
                   f'{" (best)" if best["epoch"] == epoch else ""}')
-    if best is None:
-        raise TrainingError(f'{config.resume} has been trained for {config.epochs} epochs already. Raise --epochs.')
-    if records:
+    if records and best:
         records.draw_curves()
+    if run.start_epoch >= config.epochs or best is None:
+        raise TrainingError(
+            f'--resume {config.resume} is finished: {run.start_epoch} epochs are done, and --epochs is '
+            f'{config.epochs}. To train it further, raise --epochs.')
+    if records:
+        print(records.describe_end(best))
     return {'classes': run.classes, 'before': before, 'best_epoch': best.pop('epoch'), 'best': best}
 
 
@@ -107,8 +128,8 @@ def _largest_lr(run: Run) -> float:
     return max(group['lr'] for group in run.optimizer.param_groups)
 
 
-def _train_epoch(run: Run, epoch: int) -> float:
-    """Train for one epoch; the mean loss, over all processes."""
+def _train_epoch(run: Run, epoch: int, batches: int = sys.maxsize) -> float:
+    """Train for one epoch, or some batches of it; the mean loss, over all processes."""
     config, task, loader = run.config, run.task, run.train_loader
     random_seed(config.seed, epoch)
     loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
@@ -118,10 +139,11 @@ def _train_epoch(run: Run, epoch: int) -> float:
     run.optimizer.zero_grad()
     total = 0.
     update = epoch * run.updates_per_epoch
-    with tqdm(total=len(loader), desc=f'epoch {epoch}', unit='batch', disable=run.rank > 0) as progress:
-        for i, (images, labels) in enumerate(loader):
+    batches = min(batches, len(loader))
+    with tqdm(total=batches, desc=f'epoch {epoch}', unit='batch', disable=run.rank > 0) as progress:
+        for i, (images, labels) in enumerate(islice(loader, batches)):
             first = i - i % config.grad_accum_steps
-            accumulated = min(config.grad_accum_steps, len(loader) - first)
+            accumulated = min(config.grad_accum_steps, batches - first)
             last = i == first + accumulated - 1
             if i == first:
                 run.scheduler.step_update(update)
@@ -146,7 +168,7 @@ def _train_epoch(run: Run, epoch: int) -> float:
             total += loss.item()
             progress.set_postfix(loss=f'{total / (i + 1):.4f}', lr=f'{_largest_lr(run):.1e}', refresh=False)
             progress.update()
-    mean = torch.tensor(total / len(loader), dtype=torch.float64, device=run.device)
+    mean = torch.tensor(total / batches, dtype=torch.float64, device=run.device)
     if run.world > 1:
         dist.all_reduce(mean)
         mean /= run.world

@@ -5,8 +5,8 @@ import io
 import os
 import shutil
 import sys
+from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -17,9 +17,37 @@ from timm.utils.summary import trim_summary
 
 from ..errors import TrainingError
 from ..files import replace_file
+from ..options import option_errors
 from .build import Run
 
-__all__ = ['Records']
+__all__ = ['Records', 'describe_start']
+
+
+def describe_start(run: Run) -> str:
+    """Say what will be trained: images by class and split, device, weights, size."""
+    config = run.config
+    columns: List[Any] = [run.train_loader.dataset, run.val_loader.dataset]
+    counts = [Counter(label for _, label in images.samples) for images in columns]
+    rows = [['class', config.train_split, config.val_split]]
+    rows += [[name, *(str(count[i]) for count in counts)] for i, name in enumerate(run.classes)]
+    width = max(len(row[0]) for row in rows)
+    lines = [f'{row[0]:{width}}' + ''.join(f'  {cell:>{len(rows[0][i])}}' for i, cell in enumerate(row[1:], 1))
+             for row in rows]
+    if config.resume:
+        weights = f'{config.resume}, from epoch {run.start_epoch} on'
+    elif config.initial_checkpoint or config.pretrained_path:
+        weights = f'the weights of {config.initial_checkpoint or config.pretrained_path}'
+    else:
+        weights = 'its pretrained weights' if config.pretrained else 'RANDOM weights'
+    model: Any = run.task.get_trainable_module()
+    parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    trained = sum(n for n, wanted in parameters if wanted)
+    height, width = run.data_config['input_size'][1:]
+    lines.append(
+        f'{config.model}, starting from {weights}: {trained / 1e6:.2f} of {sum(n for n, _ in parameters) / 1e6:.2f} M '
+        f'parameters are trained, on {run.device}, at {height}x{width} pixels, for up to {config.epochs} epochs of '
+        f'{len(run.train_loader)} batches.')
+    return '\n'.join(lines)
 
 
 class Records:
@@ -38,7 +66,8 @@ class Records:
     def __init__(self, run: Run) -> None:
         config = run.config
         self.output = Path(config.output)
-        self.output.mkdir(parents=True, exist_ok=True)
+        with option_errors(f'--output {config.output}'):
+            self.output.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.output / '.lock', timeout=0)  # the system frees it when the process dies
         try:
             self._lock.acquire()
@@ -46,15 +75,13 @@ class Records:
             raise TrainingError(
                 f'Another training is writing to {config.output}. Wait for it, or choose another --output.') from e
         self._metric = config.eval_metric
+        self._data = config.data_dir
         self.best = self._best_before(run.start_epoch) if config.resume else None
 
-        options = asdict(config)
         with self._writing('args.yaml'):
-            replace_file(self.output / 'args.yaml', yaml.safe_dump({
-                **options, 'num_classes': len(run.classes), 'class_names': run.classes,
-                **{k: list(run.data_config[k]) for k in ('input_size', 'mean', 'std')}}, sort_keys=False))
+            replace_file(self.output / 'args.yaml', yaml.safe_dump(run.recorded, sort_keys=False, allow_unicode=True))
         self._saver = CheckpointSaver(
-            run.task.get_eval_model(ema=False), run.optimizer, argparse.Namespace(**options),
+            run.task.get_eval_model(ema=False), run.optimizer, argparse.Namespace(**run.recorded),
             checkpoint_dir=config.output, decreasing=self._metric == 'loss', max_history=1, task=run.task)
         if self.best:
             # A kill may have come between last.pth.tar and model_best.pth.tar.
@@ -79,6 +106,14 @@ class Records:
             for name, value in {'train/loss': train_loss, 'lr': lr,
                                 **{f'val/{k}': v for k, v in metrics.items()}}.items():
                 self._board.add_scalar(name, value, epoch)
+
+    def describe_end(self, best: Dict[str, Any]) -> str:
+        """Say what came out of the training and what to do with it."""
+        checkpoint = self.output / 'model_best.pth.tar'
+        return (
+            f'Best epoch: {best["epoch"]}, val loss {best["loss"]:.4f}, top1 {best["top1"]:.1f}%, balanced '
+            f'{best["balanced_top1"]:.1f}%.\nCheckpoint: {checkpoint}\nNext: timm-densese evaluate {checkpoint} '
+            f'{self._data} --output {self.output / "report"}')
 
     def close(self) -> None:
         """Leave the folder to others."""
