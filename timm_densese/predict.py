@@ -13,7 +13,7 @@ from tqdm import tqdm  # comes with huggingface_hub
 
 from .checkpoints import Checkpoint, load_model
 from .data.images import find_images, read_image
-from .files import replace_file
+from .files import check_new_file, replace_file
 from .metrics import read_temperature
 
 __all__ = ['Logits', 'compute_logits', 'load_batches', 'predict', 'predict_files']
@@ -195,6 +195,8 @@ def predict_files(
     Raises:
         UserError: There are no images, or the model or the calibration cannot be read.
     """
+    if output:
+        check_new_file(output, '--output')
     temperature = read_temperature(calibration)
     rows = predict(
         model, images, top_k=top_k, temperature=temperature, device=device, batch_size=batch_size, workers=workers)

@@ -4,6 +4,7 @@ import socket
 import time
 import urllib.error
 import urllib.parse
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -28,6 +29,18 @@ MSLD_PATIENT = r'^(N?M\d+)_\d+'
 
 _ATTEMPTS = 5
 
+
+
+def _check_reachable(base_url: str) -> None:
+    """Give up at once where there is no network: each of the images would be tried for half a minute."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(base_url, method='HEAD'), timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError) as e:
+        raise DownloadError(
+            f'{base_url} could not be reached ({getattr(e, "reason", e)}), so nothing was downloaded. Check the '
+            f'connection, or point --base-url at a copy of the repository.') from e
 
 
 def download_msld(out: Path, base_url: str = _MSLD_URL, backoff: float = 1.) -> None:
@@ -70,6 +83,8 @@ def download_msld(out: Path, base_url: str = _MSLD_URL, backoff: float = 1.) -> 
                 reason = str(e)
         return f'{row["file"]}: {reason} ({url})'
 
+    if not all((out / row['file']).is_file() for row in rows):
+        _check_reachable(base_url)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torch.hub's download takes none, and a silent server would hold it for ever
     try:
