@@ -59,7 +59,7 @@ def hub() -> HubServer:
 def write_split(root: Path, per_class: int, test: float = .2) -> Path:
     """A split of generated images, spots and stripes, of 48 pixels."""
     generate_images(root / 'images', per_class=per_class, size=48)
-    split_images(root / 'images', root / 'split', val=.2, test=test)
+    split_images(root / 'images', root / 'split', val=.25, test=test)
     return root / 'split'
 
 
@@ -95,7 +95,7 @@ def _run_alone(args, env, stdout, stderr) -> None:
     for name, file, descriptor in (('stdout', stdout, 1), ('stderr', stderr, 2)):
         if file:
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
-            setattr(sys, name, open(descriptor, 'w', closefd=False))  # as Python opens them when it starts
+            setattr(sys, name, open(descriptor, 'w', closefd=False))  # noqa: SIM115  as Python does at its start
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server's processes ignore
     torch.set_num_threads(1)

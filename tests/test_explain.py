@@ -11,6 +11,7 @@ from PIL import Image
 from pytorch_grad_cam.utils.image import scale_cam_image
 
 from timm_densese import ATTN_LAYERS, SE_PLACEMENTS
+from timm_densese.checkpoints import load_model
 from timm_densese.cli import main
 from timm_densese.errors import ImagesError
 from timm_densese.explain import explain, grad_cam, overlay, read_gates
@@ -44,10 +45,11 @@ def test_grad_cam_is_right(placement, fused):
     np.testing.assert_allclose(grad_cam(net, images), grad_cam(model, images, best), atol=2e-3)
 
 
-@pytest.mark.parametrize('name', ['densenet121', 'resnet10t'])
+@pytest.mark.parametrize('name', ['densenet121', 'resnet10t', 'vit_tiny_patch16_224', 'swin_tiny_patch4_window7_224'])
 def test_grad_cam_of_others(name):
     images = torch.randn(1, 3, 64, 64).expand(10, -1, -1, -1)
-    cam = grad_cam(timm.create_model(name, num_classes=10).eval(), images, range(10))
+    size = {'img_size': 64} if name.startswith(('vit', 'swin')) else {}
+    cam = grad_cam(timm.create_model(name, num_classes=10, **size).eval(), images, range(10))
     assert cam.shape == (10, 64, 64)
     assert 0 <= cam.min() < cam.max() <= 1
     assert np.ptp(cam, axis=0).max() > .5  # each class has its own
@@ -82,16 +84,23 @@ def test_gates_are_what_channels_are_multiplied_by(attn_layer):
     assert gates.shape == (2, model.num_features)
 
 
-def test_overlay_lies_on_the_image():
-    config = {'mean': (.5, .4, .3), 'std': (.2, .2, .2)}
-    cam = np.zeros((8, 8), np.float32)
-    cam[:, 4:] = 1
-    image = torch.zeros(3, 8, 8)
-    drawn = np.asarray(overlay(image, cam, config)).astype(int)
-    assert drawn.shape == (8, 16, 3)
-    np.testing.assert_allclose(drawn[:, :8], np.broadcast_to((127, 102, 76), (8, 8, 3)), atol=1)
-    assert drawn[4, 15, 0] > drawn[4, 15, 2]  # hot where the map is high
-    assert drawn[4, 8, 2] > drawn[4, 8, 0]
+@pytest.mark.parametrize(('crop_mode', 'crop_pct'), [('center', 1.), ('center', .875), ('squash', .9), ('border', 1.)])
+@pytest.mark.parametrize('size', [(400, 300), (300, 400), (64, 64), (3000, 1000)])
+def test_overlay_lies_where_the_model_saw_it(size, crop_mode, crop_pct):
+    """A bright disc in the photo is found in the model's input: the map of that input must lie on the disc."""
+    config = {'input_size': (3, 96, 96), 'crop_pct': crop_pct, 'crop_mode': crop_mode, 'mean': (0,) * 3,
+              'std': (1,) * 3, 'interpolation': 'bilinear'}
+    y, x = np.mgrid[:size[1], :size[0]]
+    disc = np.hypot(x - .55 * size[0], y - .4 * size[1]) < .1 * min(size)
+    photo = Image.fromarray(np.where(disc[..., None], 255, 0).repeat(3, 2).astype(np.uint8))
+    seen = timm.data.create_transform(**config)(photo)[0].numpy()
+    drawn = np.asarray(overlay(photo, seen, config)).astype(int)
+    height, width = drawn.shape[0], drawn.shape[1] // 2
+    assert max(height, width) == min(1024, max(size))
+    assert width / height == pytest.approx(size[0] / size[1], rel=.02)
+    heat = drawn[:, width:, 0] - drawn[:, width:, 2] > 60  # red: where the map is high
+    found_y, found_x = (axis.mean() for axis in np.nonzero(heat))
+    assert (found_x / width, found_y / height) == pytest.approx((.55, .4), abs=.02)
 
 
 def test_explain_writes_overlays_and_profiles(trained, tmp_path, capsys):
@@ -101,16 +110,17 @@ def test_explain_writes_overlays_and_profiles(trained, tmp_path, capsys):
     before = before if before.exists() else trained[1].with_name('last.pth.tar')
     try:
         assert main(['explain', str(trained[1]), str(trained[0] / 'test'), '--output', str(tmp_path / 'out'),
-                     '--before', str(before)]) == 0
+                     '--before', str(before)]) == 1  # one cannot be read
     finally:
         broken.unlink()
-    said = capsys.readouterr().out
-    assert 'not readable' in said
-    assert 'features.se3' in said
+    said = capsys.readouterr()
+    assert 'not readable' in said.err
+    assert 'features.se3' in said.out
     overlays = sorted((tmp_path / 'out' / 'cam').iterdir())
     assert len(overlays) == 24
-    assert Image.open(overlays[0]).size == (64, 32)
+    assert Image.open(overlays[0]).size == (96, 48)  # the photo's own size, twice
     profile = json.loads((tmp_path / 'out' / 'excitation.json').read_text())
+    assert list(profile['unreadable']) == [str(broken)]
     assert profile['images'] == {'spots': 12, 'stripes': 12}
     etas = [site['eta_squared'] for site in profile['sites'].values()]
     assert etas == sorted(etas, reverse=True)
@@ -122,15 +132,13 @@ def test_explain_writes_overlays_and_profiles(trained, tmp_path, capsys):
     assert Image.open(tmp_path / 'out' / 'excitation.png').size[0] > 400
 
 
-def test_saturated_dead_and_eta_squared(tmp_path, monkeypatch, trained):
-    from timm_densese import explain as module
-    loaded = module.load_model(str(trained[1]))
+def test_saturated_dead_and_eta_squared(tmp_path, trained):
+    loaded = load_model(str(trained[1]))
     with torch.no_grad():
         fc2 = loaded.model.get_submodule('features.se3').fc2
         fc2.weight.zero_()
         fc2.bias.copy_(torch.tensor([9.] * 3 + [-9.] * 2 + [0.] * (len(fc2.bias) - 5)))
-    monkeypatch.setattr(module, 'load_model', lambda name, device: loaded)
-    site = explain('', [str(trained[0] / 'test')], tmp_path / 'out')['sites']['features.se3']
+    site = explain(loaded, [str(trained[0] / 'test')], tmp_path / 'out')['sites']['features.se3']
     assert (site['saturated'], site['dead'], site['eta_squared']) == (3, 2, 0)
 
 

@@ -86,8 +86,9 @@ def test_replace_file_leaves_the_old_or_the_new(small_disk):
 
 
 def test_predict_into_a_folder_is_refused_before_the_work(trained, tmp_path):
-    result = run_cli('predict', trained[1], trained[0] / 'test', '--output', tmp_path)
+    (tmp_path / 'folder.csv').mkdir()
+    result = run_cli('predict', trained[1], trained[0] / 'test', '--output', tmp_path / 'folder.csv')
     assert result.returncode == 2
     assert 'give a file' in result.stderr
     assert 'image/s' not in result.stderr
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob('*')] == ['folder.csv']

@@ -9,7 +9,9 @@ from sklearn import metrics as sk
 from timm_densese.errors import MetricsError
 from timm_densese.metrics import (
     bootstrap,
+    choose_temperature,
     compare_models,
+    fit_temperature,
     format_metric,
     read_metrics,
     read_temperature,
@@ -130,7 +132,35 @@ def test_metrics_that_cannot_be_read(content, tmp_path):
 def test_calibration_that_is_none(tmp_path, temperature):
     (tmp_path / 'c.json').write_text(json.dumps({'temperature': temperature}))
     with pytest.raises(MetricsError, match='temperature'):
-        read_temperature(tmp_path / 'c.json')
+        read_temperature(tmp_path / 'c.json', 'abc')
     (tmp_path / 'c.json').write_text('[]')
     with pytest.raises(MetricsError, match='temperature'):
-        read_temperature(tmp_path / 'c.json')
+        read_temperature(tmp_path / 'c.json', 'abc')
+
+
+def test_a_temperature_belongs_to_its_model(tmp_path, capsys):
+    (tmp_path / 'c.json').write_text('{"temperature": 2, "weights": "abc", "model": "run/best"}')
+    assert read_temperature(tmp_path / 'c.json', 'abc') == 2
+    with pytest.raises(MetricsError, match='those of run/best'):
+        read_temperature(tmp_path / 'c.json', 'abd')
+    (tmp_path / 'c.json').write_text('{"temperature": null, "temperature_left_out": "val/ holds 3 images"}')
+    with pytest.raises(MetricsError, match='val/ holds 3 images'):
+        read_temperature(tmp_path / 'c.json', 'abc')
+    (tmp_path / 'c.json').write_text('{"temperature": 2}')
+    assert read_temperature(tmp_path / 'c.json', 'abc') == 2
+    assert 'does not say on which weights' in capsys.readouterr().err
+
+
+def test_validation_that_tells_no_temperature():
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    logits = rng.normal(0, 2, (40, 2)) + 2 * np.eye(2)[labels]
+    temperature, reason = choose_temperature(logits, labels)
+    assert temperature == pytest.approx(fit_temperature(logits, labels))
+    assert reason == ''
+    right = 9 * np.eye(2)[labels]
+    for values, truth, said in ((logits[:19], labels[:19], '19 images'), (logits, 0 * labels, 'one class'),
+                                (right, labels, 'right on all'), (right, 1 - labels, 'bound of its search')):
+        temperature, reason = choose_temperature(values, truth)
+        assert temperature is None
+        assert said in reason

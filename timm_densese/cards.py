@@ -2,17 +2,20 @@
 
 A card holds what was counted, recorded or measured, and nothing else: a number that no file gives is not there.
 """
+import copy
 import re
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import timm
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import DenseNet
 
+from .checkpoints import split_source
 from .data.msld import MSLD_TERMS
 from .errors import PublishError
 from .metrics import format_metric
-from .models.se_densenet import SEDenseNet, default_cfgs
+from .models.se_densenet import default_cfgs
 from .models.stats import model_stats, placement_stats
 
 __all__ = ['finetune_card', 'registered_card']
@@ -28,8 +31,7 @@ _SNIPPET = """\
 from huggingface_hub import hf_hub_download
 from PIL import Image
 import timm
-import timm_densese  # registers the models
-import torch
+{register}import torch
 
 img = Image.open(hf_hub_download(
     'huggingface/documentation-images', 'beignets-task-guide.png', repo_type='dataset')).convert('RGB')
@@ -96,6 +98,7 @@ _MSLD_CITATION = """
 }
 ```"""
 
+_TAGS = ('densenet', 'squeeze-and-excitation')
 # Names of metrics on the Hub, where they are other than ours.
 _METRIC_TYPES = {'auroc': 'roc_auc', 'auprc': 'average_precision'}
 # Of a run's options, those that say how the weights came about. No paths: they name somebody's machine.
@@ -141,7 +144,7 @@ def registered_card(name: str, metrics: Optional[Dict[str, Any]] = None) -> Mode
         'diagnosis.')
     data = ModelCardData(
         license='apache-2.0', library_name='timm', pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'densenet', 'squeeze-and-excitation'],
+        tags=['image-classification', 'timm', *_TAGS],
         base_model=list(weights.values()) or None, datasets=['imagenet-1k'] if weights else None, model_name=name)
     return _card(
         data, name, f'A {densenet.replace("densenet", "DenseNet-")} with squeeze-and-excitation channel attention. '
@@ -150,7 +153,7 @@ def registered_card(name: str, metrics: Optional[Dict[str, Any]] = None) -> Mode
 
 def finetune_card(
         repo_id: str,
-        model: SEDenseNet,
+        model: Any,
         label_names: List[str],
         data_config: Mapping[str, Any],
         recipe: Mapping[str, Any],
@@ -162,7 +165,7 @@ def finetune_card(
 
     Args:
         repo_id: Where it is published, OWNER/NAME.
-        model: The model, with its own pretrained_cfg.
+        model: The model, of any architecture, with its own pretrained_cfg.
         label_names: Names of the classes, empty if unknown.
         data_config: Its preprocessing.
         recipe: The run's options.
@@ -175,9 +178,10 @@ def finetune_card(
     """
     cfg: Any = model.pretrained_cfg
     arch = cfg['architecture']
-    base = cfg.get('hf_hub_id') if recipe.get('pretrained') else None
+    source, name = split_source(str(recipe.get('model') or ''))
+    base = (name if source == 'hf-hub' else cfg.get('hf_hub_id')) if recipe.get('pretrained') else None
     start = f'`{base}`' if base else 'random weights' if recipe.get('pretrained') is False else 'weights not recorded'
-    if recipe.get('pretrained_path') or recipe.get('initial_checkpoint'):
+    if recipe.get('pretrained_path') or recipe.get('initial_checkpoint') or source == 'local-dir':
         start = 'weights in a file of the author'
     classes = ', '.join(map(_plain, label_names)) or 'not recorded'
     limits = (
@@ -195,20 +199,26 @@ def finetune_card(
     options = '\n'.join(f'- {name}: {_plain(recipe[name])}' for name in _RECIPE if recipe.get(name) not in (None, ''))
     training = f'Started from {start}. {trained}\n\n{options}'.strip()
     data = ModelCardData(
-        license='other' if msld else 'apache-2.0', license_name='msld-research-only' if msld else None,
+        license='other' if msld else cfg.get('license') or 'apache-2.0',
+        license_name='msld-research-only' if msld else None,
         license_link='https://arxiv.org/abs/2207.03342' if msld else None,
         library_name='timm', pipeline_tag='image-classification',
-        tags=['image-classification', 'timm', 'densenet', 'squeeze-and-excitation', *(['medical'] if msld else [])],
+        tags=['image-classification', 'timm', *(_TAGS if arch in default_cfgs else ()), *(['medical'] if msld else [])],
         base_model=base, datasets=['imagenet-1k'] if base else None, model_name=repo_id.split('/')[-1],
         eval_results=_eval_results(metrics))
-    model_args: Any = model._model_args
-    meta: Any = timm.create_model(
-        arch, device='meta', pretrained_cfg={**cfg, 'input_size': data_config['input_size']}, **model_args)
+    meta = copy.deepcopy(model).to('meta')
+    meta.pretrained_cfg = {**cfg, 'input_size': data_config['input_size']}
     return _card(
         data, repo_id.split('/')[-1],
-        f'`{arch}`, a DenseNet with squeeze-and-excitation channel attention, fine-tuned to {model.num_classes} '
-        f'classes: {classes}.', meta, f'hf-hub:{repo_id}', True, label_names, limits, training, metrics,
-        '', _MSLD_CITATION if msld else '')
+        f'{_describe(model)}, fine-tuned to {model.num_classes} classes: {classes}.', meta, f'hf-hub:{repo_id}',
+        True, label_names, limits, training, metrics, '', _MSLD_CITATION if msld else '')
+
+
+def _describe(model: Any) -> str:
+    arch = model.pretrained_cfg['architecture']
+    base = model._model_args.get('base')
+    return (f'`{arch}`, a DenseNet with squeeze-and-excitation channel attention' if arch in default_cfgs else
+            f'`{base}` of timm with channel attention' if base else f'`{arch}`')
 
 
 def _plain(value: Any) -> str:
@@ -243,6 +253,22 @@ def _results(metrics: Optional[Dict[str, Any]], name: str) -> str:
     return ' '.join(filter(None, notes)) + '\n\n' + '\n'.join(lines)
 
 
+def _features(model: Any, size: Sequence[int]) -> Tuple[str, List[Sequence[int]]]:
+    """The options of `features_only` and the shapes that it gives; none where the network gives no features."""
+    image = torch.empty(1, *size, device='meta')
+    if isinstance(model, DenseNet):
+        maps: Any = model.forward_intermediates(image, intermediates_only=True)
+        shapes = [o.shape for o in maps]
+        # timm takes the first five feature maps unless told otherwise.
+        return ', features_only=True' + (f', out_indices={(*range(len(shapes)),)}' if len(shapes) != 5 else ''), shapes
+    try:
+        net: Any = timm.create_model(
+            model.pretrained_cfg['architecture'], device='meta', features_only=True, **model._model_args)
+        return ', features_only=True', [o.shape for o in net.eval()(image)]
+    except Exception:  # timm's constructors raise whatever they meet
+        return '', []
+
+
 def _card(
         data: ModelCardData,
         name: str,
@@ -260,19 +286,18 @@ def _card(
     cfg = model.pretrained_cfg
     size = cfg['input_size']
     stats = model_stats(model)
-    shapes = [o.shape for o in model.forward_intermediates(
-        torch.empty(1, *size, device='meta'), intermediates_only=True)]
-    # timm takes the first five feature maps unless told otherwise.
-    features_only = ', features_only=True' + (f', out_indices={(*range(len(shapes)),)}' if len(shapes) != 5 else '')
+    module = timm.model_entrypoint(cfg['architecture']).__module__.split('.')[0]  # of this package, timm or the user
+    register = '' if module == 'timm' else f'import {module}  # registers the models\n'
+    features_only, shapes = _features(model, size)
     shown = '\n'.join(f'    #  torch.Size({list(shape)})' for shape in shapes)
     top_k = _TOP_K.format(k=min(5, model.num_classes)) + (_LABELS if label_names else '')
     usage = '\n\n'.join(
-        _SNIPPET.format(title=title, load=load, pretrained=pretrained, option=option, then=then)
+        _SNIPPET.format(title=title, load=load, pretrained=pretrained, option=option, then=then, register=register)
         for title, option, then in (
             ('Image Classification', ')', top_k),
-            ('Feature Map Extraction', f'{features_only})', _FEATURES.format(shapes=shown)),
+            ('Feature Map Extraction', f'{features_only})', _FEATURES.format(shapes=shown) if shapes else ''),
             ('Image Embeddings', ', num_classes=0)  # remove classifier nn.Linear',
-             _EMBEDDING.format(num_features=model.num_features))))
+             _EMBEDDING.format(num_features=model.num_features))) if then)
     sections = [
         f'# Model card for {name}', description,
         '## Model Details\n'
@@ -282,8 +307,9 @@ def _card(
         f'  - GMACs: {stats["macs"] / 1e3:.1f}\n'
         f'  - Activations (M): {stats["activations"]:.1f}\n'
         f'  - Image size: {size[1]} x {size[2]}\n'
-        f'- **Papers:**\n  {_PAPERS}\n'
-        '- **Needs:** the package timm-densese, imported as `timm_densese`, beside timm',
+        + (f'- **Papers:**\n  {_PAPERS}\n' if cfg['architecture'] in default_cfgs else '')
+        + ('- **Needs:** the package timm-densese, imported as `timm_densese`, beside timm' if module == 'timm_densese'
+           else '- **Needs:** timm' if module == 'timm' else f'- **Needs:** the module {module}, beside timm'),
         f'## Model Usage\n{usage}',
         f'## Intended Use and Limits\n{limits}',
         f'## Training\n{training}' if training else '',

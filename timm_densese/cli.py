@@ -14,8 +14,7 @@ from . import __version__, options
 from .errors import OptionError, UserError
 
 # What commands import when they run -> the extra that brings it.
-_EXTRAS = {'sklearn': 'report', 'scipy': 'report', 'matplotlib': 'report', 'imagehash': 'report', 'cv2': 'report',
-           'faiss': 'report',
+_EXTRAS = {'sklearn': 'report', 'scipy': 'report', 'matplotlib': 'report', 'cv2': 'report', 'faiss': 'report',
            'pytorch_grad_cam': 'explain', 'gradio': 'serve'}
 
 _COUNT = options.Number(int, least=1)
@@ -134,13 +133,14 @@ def _add_demo(commands: Any) -> None:
 def _add_data(commands: Any) -> None:
     def run_msld(args: argparse.Namespace) -> None:
         from .data.msld import download_msld
-        download_msld(out=args.output, **({'base_url': args.base_url} if args.base_url else {}))
+        download_msld(args.output, **({'base_url': args.base_url} if args.base_url else {}))
 
     def run_split(args: argparse.Namespace) -> None:
         from .data.splits import split_images
         split_images(
-            src=args.src, out=args.output, val=args.val, test=args.test, seed=args.seed, folds=args.folds,
-            groups=args.groups, group_regex=args.group_regex, report=args.report)
+            src=args.src, output=args.output, val=args.val, test=args.test, seed=args.seed, folds=args.folds,
+            groups=args.groups, group_regex=args.group_regex, report=args.report,
+            labels=args.labels, keep_test=args.keep_test, copy=args.copy)
 
     parser = commands.add_parser('data', help='get and split image folders')
     actions = parser.add_subparsers(required=True, metavar='ACTION')
@@ -158,9 +158,12 @@ def _add_data(commands: Any) -> None:
     split.add_argument('--seed', type=_NOT_NEGATIVE, default=0, help='seed (%(default)s)')
     split.add_argument('--folds', type=options.Number(int, least=2),
                        help='write this many folds, each tested on its own share')
-    split.add_argument('--groups', type=Path, help='CSV with the columns file, and patient or group')
-    split.add_argument('--group-regex', help='pattern whose first group, in the file name, is the patient')
-    split.add_argument('--report', type=Path, help='picture to write of the images that look the same')
+    split.add_argument('--groups', type=Path, help='table with a column for the file, and one for the patient')
+    split.add_argument('--group-regex', help='pattern whose first group, in the path below the class, is the patient')
+    split.add_argument('--labels', type=Path, help='table with a column for the file, and one for the class')
+    split.add_argument('--keep-test', action='store_true', help='SRC has train/ and test/: keep test/, carve val')
+    split.add_argument('--copy', action='store_true', help='copy the files, where hard links share edits with SRC')
+    split.add_argument('--report', type=Path, help='picture to write of the images that show the same picture')
     split.set_defaults(run=run_split)
 
 
@@ -178,15 +181,38 @@ def _add_run(commands: Any) -> None:
 
 
 def _add_model(parser: Any) -> None:
-    parser.add_argument('model', metavar='MODEL', help='checkpoint, hf-hub:OWNER/NAME, local-dir:DIR, or a name')
+    parser.add_argument('of', metavar='MODEL', help='checkpoint, hf-hub:OWNER/NAME, local-dir:DIR, or a name')
     parser.add_argument('--device', type=options.Device(), default='',
                         help='device (default: cuda where there is one, else cpu)')
+    _add_what_a_file_lacks(parser)
+
+
+def _add_what_a_file_lacks(parser: Any) -> None:
+    parser.add_argument('--model', default='', help="name of a checkpoint's model, if its file does not say")
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=_KeywordArguments, metavar='NAME=VALUE',
+                        help='arguments of the model, over those that the run recorded')
+    parser.add_argument('--class-names', nargs='+', metavar='NAME',
+                        help='classes in the order of the outputs, or a file with one a line, if the model has none')
     _add_device_modules(parser)
 
 
 def _add_device_modules(parser: Any) -> None:
     parser.add_argument('--device-modules', nargs='+', metavar='MODULE',
                         help='modules to import, with models of your own')
+
+
+def _load_model(args: argparse.Namespace) -> Any:
+    from .checkpoints import load_model
+
+    return load_model(of=args.of, device=args.device, architecture=args.model, model_kwargs=args.model_kwargs,
+                      class_names=_class_names(args))
+
+
+def _class_names(args: argparse.Namespace) -> Optional[List[str]]:
+    names = args.class_names
+    if names and len(names) == 1 and Path(names[0]).is_file():
+        return Path(names[0]).read_text(encoding='utf-8').splitlines()
+    return names
 
 
 def _add_batches(parser: Any) -> None:
@@ -198,7 +224,7 @@ def _add_batches(parser: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .evaluate import evaluate
-        evaluate(model=args.model, data=args.data, output=args.output, split=args.split, compare=args.compare,
+        evaluate(model=_load_model(args), data=args.data, output=args.output, split=args.split, compare=args.compare,
                  device=args.device, batch_size=args.batch_size, workers=args.workers, seed=args.seed)
 
     parser = commands.add_parser('evaluate', help='score a model, with intervals by patient, and write a report')
@@ -213,9 +239,11 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_explain(commands: Any) -> None:
-    def run(args: argparse.Namespace) -> None:
+    def run(args: argparse.Namespace) -> int:
         from .explain import explain
-        explain(model=args.model, images=args.images, output=args.output, before=args.before, device=args.device)
+        explained = explain(
+            model=_load_model(args), images=args.images, output=args.output, before=args.before, device=args.device)
+        return min(1, len(explained['unreadable']))
 
     parser = commands.add_parser('explain', help='draw Grad-CAM overlays and what the gates do')
     _add_model(parser)
@@ -229,8 +257,8 @@ def _add_predict(commands: Any) -> None:
     def run(args: argparse.Namespace) -> int:
         from .predict import predict_files
         return min(1, predict_files(
-            model=args.model, images=args.images, top_k=args.top_k, calibration=args.calibration, as_json=args.json,
-            output=args.output, device=args.device, batch_size=args.batch_size, workers=args.workers))
+            model=_load_model(args), images=args.images, top_k=args.top_k, calibration=args.calibration,
+            as_json=args.json, output=args.output, batch_size=args.batch_size, workers=args.workers))
 
     parser = commands.add_parser('predict', help='print the most probable classes of images')
     _add_model(parser)
@@ -250,7 +278,8 @@ def _add_calibration(parser: Any) -> None:
 def _add_serve(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .serve import serve
-        serve(model=args.model, calibration=args.calibration, device=args.device, port=args.port, host=args.host)
+        serve(model=_load_model(args), calibration=args.calibration, device=args.device, port=args.port,
+              host=args.host)
 
     parser = commands.add_parser('serve', help='open a local web page to try a model')
     _add_model(parser)
@@ -263,10 +292,7 @@ def _add_serve(commands: Any) -> None:
 
 
 def _add_checkpoint_options(parser: Any) -> None:
-    _add_device_modules(parser)
-    parser.add_argument('--model', default='', help="name of the model (default: the checkpoint's)")
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=_KeywordArguments, metavar='NAME=VALUE',
-                        help='arguments of the model, over those that the run recorded')
+    _add_what_a_file_lacks(parser)
     parser.add_argument('--metrics', type=Path, metavar='JSON', help='measured results')
     parser.add_argument('--data', type=Path, metavar='DIR', help='folder that it was trained on, for the class names')
 
@@ -278,8 +304,8 @@ def _add_publish(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .publish import publish
         publish(checkpoint=args.checkpoint, repo_id=args.repo, model=args.model, model_kwargs=args.model_kwargs,
-                metrics=args.metrics, data=args.data, private=args.private, revision=args.revision, create_pr=args.pr,
-                output=args.output, confirm=confirm)
+                metrics=args.metrics, data=args.data, class_names=_class_names(args), private=args.private,
+                revision=args.revision, create_pr=args.pr, output=args.output, confirm=confirm)
 
     parser = commands.add_parser('publish', help='push a checkpoint to the Hugging Face Hub, with a model card')
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT', help='OUTPUT/model_best.pth.tar, for example')
@@ -296,7 +322,7 @@ def _add_card(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .publish import write_card
         write_card(of=args.of, repo_id=args.repo, model=args.model, model_kwargs=args.model_kwargs,
-                   metrics=args.metrics, data=args.data, output=args.output)
+                   metrics=args.metrics, data=args.data, class_names=_class_names(args), output=args.output)
 
     parser = commands.add_parser('card', help='make the model card of a registered model or of a checkpoint')
     parser.add_argument('of', metavar='MODEL|CHECKPOINT', help='se_densenet121, or OUTPUT/model_best.pth.tar')

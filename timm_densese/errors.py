@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 __all__ = [
+    'CheckpointError',
     'CheckpointFileError',
     'CheckpointMismatchError',
     'DownloadError',
@@ -44,7 +45,11 @@ class UserError(Exception):
     """Base of the errors below; the command line prints its message and no traceback."""
 
 
-class CheckpointMismatchError(UserError, RuntimeError):
+class CheckpointError(UserError, ValueError):
+    """A trained model cannot be loaded as it is; each cause that has a class of its own is one of these."""
+
+
+class CheckpointMismatchError(CheckpointError, RuntimeError):
     """A checkpoint holds other tensors than the model: some are missing, left over, or of another shape.
 
     Attributes:
@@ -55,33 +60,32 @@ class CheckpointMismatchError(UserError, RuntimeError):
 
     def __init__(
             self,
-            arch: str,
-            se_placement: str,
+            model: str,
             missing: List[str],
             unexpected: List[str],
             misshapen: List[str],
     ) -> None:
         self.missing, self.unexpected, self.misshapen = missing, unexpected, misshapen
-        lines = [f'This checkpoint does not fit {arch} with se_placement={se_placement!r}:']
+        lines = [f'This checkpoint does not fit {model}:']
         for what, names in (('missing', missing), ('unexpected', unexpected), ('of another shape', misshapen)):
             if names:
                 more = f' and {len(names) - _NAMES_SHOWN} more' if len(names) > _NAMES_SHOWN else ''
                 lines.append(f'  {len(names)} {what}: {", ".join(names[:_NAMES_SHOWN])}{more}')
         lines.append(
-            'Take the DenseNet of the same depth, or create the model with the arguments that the checkpoint was '
-            'trained with (se_placement, attn_layer, rd_channels, growth_rate, ...).')
+            'Take the checkpoint of the same network without attention, or create the model with the arguments that '
+            'the checkpoint was trained with (se_placement, attn_layer, rd_channels, growth_rate, ...).')
         super().__init__('\n'.join(lines))
 
 
-class CheckpointFileError(UserError, ValueError):
+class CheckpointFileError(CheckpointError):
     """A checkpoint file cannot be read, or asks for what is not read; nothing of it was loaded."""
 
 
-class ModelConfigError(UserError, ValueError):
+class ModelConfigError(CheckpointError):
     """A config.json asks for a model that is not built."""
 
 
-class ModelNotFoundError(UserError, ValueError):
+class ModelNotFoundError(CheckpointError):
     """What was named is no checkpoint, repository, folder or registered model."""
 
 

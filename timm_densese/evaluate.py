@@ -1,7 +1,7 @@
 """Scores that can be trusted: with intervals by patient, calibration, leaks told, and one page that shows them."""
 import csv
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Union
 
 import numpy as np
 from timm.data import ImageNetInfo
@@ -13,9 +13,9 @@ from .files import check_new_folder, new_folder, sha256
 from .metrics import (
     Scores,
     bootstrap,
+    choose_temperature,
     compare_models,
     confusion_matrix,
-    fit_temperature,
     format_metric,
     score,
     softmax,
@@ -29,7 +29,7 @@ __all__ = ['evaluate']
 
 
 def evaluate(
-        model: str,
+        model: Union[str, Checkpoint],
         data: Path,
         output: Path,
         split: str = '',
@@ -46,7 +46,7 @@ def evaluate(
     temperature is fitted on val/, never on what is scored.
 
     Args:
-        model: What `timm_densese.checkpoints.load_model` takes.
+        model: What `timm_densese.checkpoints.load_model` takes, or what it returned.
         data: Folder with test/CLASS/ (and val/CLASS/, split.csv), or with CLASS/.
         output: Folder to write, which must not exist or be empty: report.html (one file, needs no network),
             metrics.json (which `timm-densese publish --metrics` reads), confusion.png, roc.png, pr.png,
@@ -73,7 +73,7 @@ def evaluate(
         raise ImagesError(f'{data} is not a folder.')
     loaded = load_model(model, device)
     split = split or ('test' if (data / 'test').is_dir() else '')
-    classes = _classes(loaded, data / split, model)
+    classes = _classes(loaded, data / split)
     scored = _run_split(loaded, data, split, classes, batch_size, workers)
     warnings = _leaks(scored, data, loaded.recipe)
     absent = [name for i, name in enumerate(classes) if i not in scored.labels]
@@ -83,18 +83,20 @@ def evaluate(
     if scored.unreadable:
         warnings.append(f'{len(scored.unreadable)} images could not be read and are not scored.')
 
-    temperature = None
-    if split != 'val' and (data / 'val').is_dir():
-        validation = _run_split(loaded, data, 'val', classes, batch_size, workers)
+    temperature, left_out = None, 'there is no val/ to fit one on'
+    val = next((name for name in ('val', str(loaded.recipe.get('val_split') or '')) if (data / name).is_dir()), '')
+    if val and val != split:
+        validation = _run_split(loaded, data, val, classes, batch_size, workers)
         shared = set(validation.hashes) & set(scored.hashes)
         if shared:
-            warnings.append(f'{len(shared)} of the images are in val/, too, on which the temperature was fitted.')
-        temperature = fit_temperature(validation.logits, validation.labels)
-    else:
-        warnings.append('There is no val/ to fit a temperature on: calibration is measured and not mended.')
+            warnings.append(f'{len(shared)} of the images are in {val}/, too, on which the temperature was fitted.')
+        temperature, left_out = choose_temperature(validation.logits, validation.labels)
+    if temperature is None:
+        warnings.append(f'No temperature is used, and calibration is measured and not mended: {left_out}.')
 
     probabilities = softmax(scored.logits)
     calibrated = None if temperature is None else softmax(scored.logits / temperature)
+    shown = probabilities if calibrated is None else calibrated
     samples = bootstrap(scored.groups, resamples, seed)
 
     def measure(weights: Optional[np.ndarray]) -> Scores:
@@ -109,7 +111,8 @@ def evaluate(
         'command': 'timm-densese evaluate' + (f' --split {split}' if split else ''),
         'interval': f'95% interval, percentiles of {len(samples)} bootstrap samples of {unit}' if len(samples) else '',
         'conditions': ' '.join(warnings),
-        'model': short_name(model), 'classes': classes, 'temperature': temperature, 'warnings': warnings,
+        'model': short_name(loaded.source), 'weights': loaded.hash_weights(), 'classes': classes,
+        'temperature': temperature, 'temperature_left_out': left_out or None, 'warnings': warnings,
         'metrics': {k: v for k, v in scores.items() if '/' not in k},
         'per_class': {name: {k.split('/')[0]: v for k, v in scores.items() if k.endswith(f'/{name}')}
                       for name in classes},
@@ -118,24 +121,24 @@ def evaluate(
         'predictions': [
             {'file': str(path.relative_to(data)), 'label': classes[label], 'group': int(group),
              'probabilities': dict(zip(classes, map(float, p), strict=True))}
-            for path, label, group, p in zip(
-                scored.paths, scored.labels, scored.groups, probabilities if calibrated is None else calibrated,
-                strict=True)],
+            for path, label, group, p in zip(scored.paths, scored.labels, scored.groups, shown, strict=True)],
     }
     if compare:
         other = load_model(compare, device)
-        if _classes(other, data / split, compare) != classes:
-            raise ImagesError(f'{compare} has the classes {other.label_names}, {model} has {classes}.')
-        baseline = _run_split(other, data, split, classes, batch_size, workers)
+        other_classes = _classes(other, data / split)
+        if set(other_classes) != set(classes):
+            raise ImagesError(f'{compare} has the classes {other_classes}, {loaded.source} has {classes}.')
+        baseline = _run_split(other, data, split, other_classes, batch_size, workers)
+        columns = [other_classes.index(name) for name in classes]
         results.update(compare_models(
-            scored.labels, probabilities, softmax(baseline.logits), classes, samples, short_name(compare)))
+            scored.labels, probabilities, softmax(baseline.logits[:, columns]), classes, samples, short_name(compare)))
 
     figures = draw_figures(scored.labels, probabilities, calibrated, classes)
     with new_folder(output) as work:
         for name, content in figures.items():
             (work / name).write_bytes(content)
         write_metrics(work / 'metrics.json', results)
-        write_page(work / 'report.html', results, figures, scored.paths, scored.labels, probabilities)
+        write_page(work / 'report.html', results, figures, scored.paths, scored.labels, shown)
     _print(results, output)
     return results
 
@@ -162,23 +165,26 @@ class _Scored(NamedTuple):
     unreadable: Dict[str, str]
 
 
-def _classes(loaded: Checkpoint, folder: Path, model: str) -> List[str]:
-    """The model's classes in the order of its logits, which the folders must be among."""
+def _classes(loaded: Checkpoint, folder: Path) -> List[str]:
+    """The model's classes in the order of its outputs, which the folders must be among."""
     if not folder.is_dir():
         raise ImagesError(f'{folder} is not a folder. Choose another --split, or make the splits with '
                           f'`timm-densese data split SRC --output DIR`.')
     found = list_images(folder).classes
-    labels = loaded.label_names or found
+    labels = loaded.label_names
     synsets: List[str] = ImageNetInfo('imagenet-1k').label_names()
     if found and set(found) <= set(synsets) and loaded.model.num_classes == len(synsets):
         labels = synsets  # as ImageNet's folders are named
-    if len(labels) != loaded.model.num_classes:
-        raise ImagesError(f'{model} has {loaded.model.num_classes} outputs and does not name them; {folder} has '
-                          f'{len(found)} classes: {", ".join(found[:10]) or "none"}.')
+    if not labels:
+        raise ImagesError(
+            f'{loaded.source} does not say which class each of its {loaded.model.num_classes} outputs is, and a guess '
+            f'could score it wrongly. Give --class-names in the order of the outputs. After timm\'s train.py that is '
+            f'the natural order of the folders trained on; those of {folder} are, in that order: '
+            f'{" ".join(found[:20]) or "none"}.')
     if not found or not set(found) <= set(labels):
         strange = sorted(set(found) - set(labels))
         raise ImagesError(
-            f'{folder} must hold a folder for each class of {model}: {", ".join(labels[:10])}. '
+            f'{folder} must hold a folder for each class of {loaded.source}: {", ".join(labels[:10])}. '
             + (f'It has others: {", ".join(strange[:10])}.' if strange else 'It holds no folders.'))
     return labels
 
@@ -231,21 +237,22 @@ def _row_hashes(row: Dict[str, str]) -> Set[str]:
 
 
 def _leaks(scored: _Scored, data: Path, recipe: Dict[str, Any]) -> List[str]:
-    """What the scored images share with those trained on, by hashes and by the groups of split.csv."""
+    """What the scored images share with those trained on: their bytes, and the groups of split.csv."""
+    trained_split = str(recipe.get('train_split') or 'train')
+    trained_on = recipe.get('data_dir') or recipe.get('data')
     hashes: Set[str] = set()
     groups: Set[int] = set()
-    trained_on = recipe.get('data_dir') or recipe.get('data')
-    folders = {Path(folder).resolve() for folder in (data, trained_on) if folder and Path(folder).is_dir()}
-    for folder in folders:
+    for folder in {Path(f).resolve() for f in (data, trained_on) if f and Path(f).is_dir()}:
         rows, column = _split_table(folder)
-        train = [row for row in rows if row[column] == 'train']
+        train = [row for row in rows if row[column] in ('train', trained_split)]
         hashes |= {digest for row in train for digest in _row_hashes(row)}
-        if not rows and (folder / 'train').is_dir():
-            hashes |= {sha256(path) for path, _ in list_images(folder / 'train').samples}
-        if folder == data.resolve():
-            known = {digest: row['group'] for row in rows for digest in _row_hashes(row)}
-            train_groups = {row['group'] for row in train}
-            groups = {i for i, digest in enumerate(scored.hashes) if known.get(digest) in train_groups}
+        # Also what is in no table, or was put there since.
+        for name in {'train', trained_split}:
+            if (folder / name).is_dir():
+                hashes |= {sha256(path) for path, _ in list_images(folder / name).samples}
+        known = {digest: row['group'] for row in rows for digest in _row_hashes(row)}
+        train_groups = {row['group'] for row in train}
+        groups |= {i for i, digest in enumerate(scored.hashes) if known.get(digest) in train_groups}
     shared = sum(digest in hashes for digest in scored.hashes)
     warnings = []
     if shared:

@@ -7,9 +7,11 @@ Papers:
 """
 import csv
 import json
+import math
+import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -17,8 +19,8 @@ import torch.nn as nn
 from PIL import Image
 
 from .checkpoints import Checkpoint, load_model
-from .data.images import find_images
-from .errors import ImagesError
+from .data.images import find_images, read_image
+from .errors import CheckpointError, ImagesError
 from .files import check_new_folder, new_folder
 from .predict import load_batches
 
@@ -26,46 +28,93 @@ __all__ = ['draw_gates', 'explain', 'grad_cam', 'overlay', 'read_gates']
 
 _SATURATED, _DEAD = .95, .05
 _SITES_SHOWN = 9
+_MAX_SIDE = 1024
 
 
 def grad_cam(model: Any, images: torch.Tensor, classes: Optional[Sequence[int]] = None) -> np.ndarray:
     """Compute Grad-CAM on the final feature map: what the pooling before the classifier sees.
 
     Args:
-        model: A DenseNet or SE-DenseNet in eval mode, fused or not, or another convolutional net of timm.
+        model: A DenseNet or SE-DenseNet in eval mode, fused or not, or another net of timm. Of a transformer, the map
+            is that of its patches before the last block, which reads them all.
         images: (B, C, H, W).
         classes: Class to explain for each image, by default the most probable.
 
     Returns:
         Maps (B, H, W) from 0 to 1.
+
+    Raises:
+        CheckpointError: The net has no feature map that Grad-CAM could be drawn of.
     """
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    features = getattr(model, 'features', None)
-    layer = features if isinstance(features, nn.Sequential) else model.get_submodule(model.feature_info[-1]['module'])
+    def as_map(features: torch.Tensor) -> torch.Tensor:
+        if features.ndim == 4:
+            return features.permute(0, 3, 1, 2) if getattr(model, 'output_fmt', 'NCHW') == 'NHWC' else features
+        patches = features[:, getattr(model, 'num_prefix_tokens', 0):]
+        height = round((patches.shape[1] * images.shape[2] / images.shape[3]) ** .5)
+        return patches.transpose(1, 2).unflatten(2, (height, -1))
+
     targets = None if classes is None else [ClassifierOutputTarget(i) for i in classes]
-    with torch.enable_grad(), GradCAM(model, [layer]) as cam:
-        return cam(input_tensor=images, targets=targets)
+    try:
+        with torch.enable_grad(), GradCAM(model, [_last_features(model)], as_map) as cam:
+            return cam(input_tensor=images, targets=targets)
+    except Exception as e:  # features of a shape that is not known, or none at all
+        raise CheckpointError(f'Grad-CAM cannot be drawn for {type(model).__name__} ({type(e).__name__}: {e}).') from e
 
 
-def overlay(image: torch.Tensor, cam: np.ndarray, data_config: Dict[str, Any]) -> Image.Image:
-    """Draw a map over the image that the model saw.
+def _last_features(model: Any) -> nn.Module:
+    features, blocks = getattr(model, 'features', None), list(getattr(model, 'blocks', ()))
+    if isinstance(features, nn.Sequential):
+        return features
+    if getattr(model, 'num_prefix_tokens', 0) and blocks and hasattr(blocks[-1], 'norm1'):
+        return blocks[-1].norm1  # after the last block, only the class token counts
+    return model.get_submodule(model.feature_info[-1]['module'])
+
+
+def overlay(photo: Image.Image, cam: np.ndarray, data_config: Dict[str, Any]) -> Image.Image:
+    """Draw a map over a photo, where the model saw it.
 
     Args:
-        image: (3, H, W), normalised.
-        cam: (H, W), from 0 to 1.
-        data_config: Preprocessing, for its mean and std.
+        photo: The photo, as `timm_densese.data.images.read_image` gives it.
+        cam: Map of the model's input, (H, W), from 0 to 1.
+        data_config: Preprocessing, which tells what part of the photo the input is.
 
     Returns:
-        The image beside the image with the map, 2 W by H pixels.
+        The photo beside the photo with the map, at the photo's size, where its longer side is at most 1024 pixels.
     """
     from pytorch_grad_cam.utils.image import show_cam_on_image
 
-    mean, std = (np.array(data_config[key]) for key in ('mean', 'std'))
-    pixels = (image.permute(1, 2, 0).cpu().numpy() * std + mean).clip(0, 1)
-    drawn = show_cam_on_image(pixels.astype(np.float32), cam, use_rgb=True)
-    return Image.fromarray(np.hstack([(255 * pixels).astype(np.uint8), drawn]))
+    left, top, right, bottom = _seen(photo.size, data_config)
+    scale = min(1., _MAX_SIDE / max(photo.size))
+    small = photo.resize((max(1, round(photo.width * scale)), max(1, round(photo.height * scale))),
+                         Image.Resampling.LANCZOS) if scale < 1 else photo
+    pixels = np.asarray(small.convert('RGB'))
+    # Of the map, what lies on the photo; of the photo, what the map covers.
+    x = slice(max(0, round(left * scale)), min(small.width, round(right * scale)))
+    y = slice(max(0, round(top * scale)), min(small.height, round(bottom * scale)))
+    part = ((x.start / scale - left) / (right - left) * cam.shape[1], (y.start / scale - top) / (bottom - top) *
+            cam.shape[0], (x.stop / scale - left) / (right - left) * cam.shape[1],
+            (y.stop / scale - top) / (bottom - top) * cam.shape[0])
+    part = tuple(np.clip(part, 0, [cam.shape[1], cam.shape[0]] * 2))
+    heat = Image.fromarray(cam.astype(np.float32)).resize(
+        (x.stop - x.start, y.stop - y.start), Image.Resampling.BILINEAR, box=part)
+    drawn = pixels.copy()
+    drawn[y, x] = show_cam_on_image(pixels[y, x].astype(np.float32) / 255, np.asarray(heat), use_rgb=True)
+    return Image.fromarray(np.hstack([pixels, drawn]))
+
+
+def _seen(size: Tuple[int, int], data_config: Dict[str, Any]) -> Tuple[float, float, float, float]:
+    """The box of a photo of a size (W, H) that timm's transform makes the input of; it may reach beyond the photo."""
+    _, height, width = data_config['input_size']
+    # Photo pixels for each pixel of the resized photo, from which the input is cut.
+    by_height = size[1] / math.floor(height / data_config['crop_pct'])
+    by_width = size[0] / math.floor(width / data_config['crop_pct'])
+    if data_config['crop_mode'] != 'squash':
+        by_height = by_width = (max if data_config['crop_mode'] == 'border' else min)(by_height, by_width)
+    half_width, half_height = width * by_width / 2, height * by_height / 2
+    return (size[0] / 2 - half_width, size[1] / 2 - half_height, size[0] / 2 + half_width, size[1] / 2 + half_height)
 
 
 @contextmanager
@@ -77,7 +126,9 @@ def _recorded_gates(model: Any) -> Iterator[Dict[str, torch.Tensor]]:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
             # The factor from input to output, by least squares over the positions: of a channel gate, the gate.
             x, y = args[0].double(), output.double()
-            gates[name] = ((x * y).sum((2, 3)) / (x * x).sum((2, 3))).cpu()
+            energy = (x * x).sum((2, 3))
+            # Where a channel is zero everywhere, whatever factor leaves it as it is.
+            gates[name] = torch.where(energy > 0, (x * y).sum((2, 3)) / energy, 1.).cpu()
         return hook
 
     def record_gate(name: str) -> Any:
@@ -116,7 +167,7 @@ def read_gates(model: Any, images: torch.Tensor) -> Dict[str, torch.Tensor]:
 
 
 def explain(
-        model: str,
+        model: Union[str, Checkpoint],
         images: Sequence[str],
         output: Path,
         before: str = '',
@@ -137,7 +188,8 @@ def explain(
         batch_size: Images a batch.
 
     Returns:
-        What excitation.json holds; empty for a model without attention.
+        What excitation.json holds: `sites`, none for a model without attention; and `unreadable`, the files that could
+        not be read, with the reason.
 
     Raises:
         ImagesError: There are no images, or none can be read.
@@ -151,17 +203,19 @@ def explain(
     earlier = load_model(before, device) if before else None
     sites = list(getattr(loaded.model, 'attn_sites', {}))
     if earlier and list(getattr(earlier.model, 'attn_sites', {})) != sites:
-        raise ImagesError(f'{before} has its attention in other places than {model}.')
+        raise ImagesError(f'{before} has its attention in other places than {loaded.source}.')
     names = loaded.class_names
 
     with new_folder(output) as work:
         (work / 'cam').mkdir()
         labels: List[int] = []
+        unreadable: Dict[str, str] = {}
         gates: Dict[str, List[torch.Tensor]] = {site: [] for site in sites}
         gates_before: Dict[str, List[torch.Tensor]] = {site: [] for site in sites}
         for places, batch, errors in load_batches(paths, loaded.data_config, batch_size, desc='explain'):
             for place, error in errors.items():
-                print(f'not readable: {paths[place]} ({error})')
+                unreadable[str(paths[place])] = error
+                print(f'not readable: {paths[place]} ({error})', file=sys.stderr)
             if not places:
                 continue
             batch = batch.to(loaded.device)
@@ -170,26 +224,25 @@ def explain(
             for place, prediction in zip(places, called, strict=True):
                 above = (names.index(folder.name) for folder in paths[place].parents if folder.name in names)
                 labels.append(next(above, prediction))
-            for image, cam, place, prediction in zip(
-                    batch, grad_cam(loaded.model, batch, called), places, called, strict=True):
+            for cam, place, prediction in zip(grad_cam(loaded.model, batch, called), places, called, strict=True):
                 name = f'{place:05}-{paths[place].stem[:80]}-{_file_name(names[prediction])}.png'
-                overlay(image, cam, loaded.data_config).save(work / 'cam' / name)
+                overlay(read_image(paths[place]), cam, loaded.data_config).save(work / 'cam' / name)
             if sites:
                 _append(gates, loaded, batch)
                 if earlier:
                     _append(gates_before, earlier, batch)
         if not labels:
             raise ImagesError(f'None of the {len(paths)} images can be read.')
-        profile: Dict[str, Any] = {}
+        profile: Dict[str, Any] = {'sites': {}, 'unreadable': unreadable}
         if sites:
             joined = {site: torch.cat(values).numpy() for site, values in gates.items()}
             joined_before = {site: torch.cat(values).numpy() for site, values in gates_before.items() if values}
-            profile = _profile(joined, joined_before, np.array(labels), names)
+            profile.update(_profile(joined, joined_before, np.array(labels), names))
             _write_profile(work, profile, joined, joined_before, np.array(labels), names)
     print(f'{len(labels)} overlays in {output / "cam"}')
     if not sites:
-        print(f'{model} has no attention of this package, so there is no excitation to show.')
-    for site, row in list(profile.get('sites', {}).items())[:_SITES_SHOWN]:
+        print(f'{loaded.source} has no attention of this package, so there is no excitation to show.')
+    for site, row in list(profile['sites'].items())[:_SITES_SHOWN]:
         print(f'{site}: eta squared {row["eta_squared"]:.3f}, gates {row["mean"]:.3f} on average, '
               f'{row["saturated"]} saturated and {row["dead"]} dead of {row["channels"]}')
     return profile
@@ -238,7 +291,8 @@ def _write_profile(
         labels: np.ndarray,
         names: Sequence[str],
 ) -> None:
-    (work / 'excitation.json').write_text(json.dumps(profile, indent=1))
+    text = json.dumps(profile, indent=1, ensure_ascii=False, allow_nan=False)
+    (work / 'excitation.json').write_text(text, encoding='utf-8')
     with open(work / 'excitation.csv', 'w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(['site', 'channel', 'class', 'mean_gate', *(['mean_gate_before'] if before else [])])

@@ -4,8 +4,9 @@ Papers:
     * `On Calibration of Modern Neural Networks` - https://arxiv.org/abs/1706.04599
 """
 import json
+import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from .files import replace_file
 
 __all__ = [
     'bootstrap',
+    'check_weights',
+    'choose_temperature',
     'compare_models',
     'confusion_matrix',
     'expected_calibration_error',
@@ -31,6 +34,7 @@ __all__ = [
 
 Scores = Dict[str, np.ndarray]
 _CALIBRATION_BINS = 15
+_TEMPERATURES, _FEWEST_IMAGES = (.05, 20.), 20
 _WEIGHTS_AT_ONCE = 500_000
 
 
@@ -63,7 +67,31 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     def loss(log_temperature: float) -> float:
         return torch.nn.functional.cross_entropy(x / np.exp(log_temperature), y).item()
 
-    return float(np.exp(minimize_scalar(loss, bounds=(np.log(.05), np.log(20)), options={'xatol': 1e-6}).x))
+    return float(np.exp(minimize_scalar(loss, bounds=np.log(_TEMPERATURES), options={'xatol': 1e-6}).x))
+
+
+def choose_temperature(logits: np.ndarray, labels: np.ndarray) -> Tuple[Optional[float], str]:
+    """Fit a temperature on validation images where they can tell one.
+
+    Args:
+        logits: (N, num_classes).
+        labels: (N,).
+
+    Returns:
+        The temperature, or None and the reason: under 20 images, images of one class, all right (the less the better,
+        without end), or a fit at the bound of its search.
+    """
+    if len(labels) < _FEWEST_IMAGES:
+        return None, f'val/ holds {len(labels)} images, and under {_FEWEST_IMAGES} tell no temperature'
+    if len(np.unique(labels)) < 2:
+        return None, 'val/ holds images of one class'
+    if (logits.argmax(1) == labels).all():
+        return None, 'the model is right on all of val/, which tells no temperature: the lower, the better'
+    temperature = fit_temperature(logits, labels)
+    low, high = _TEMPERATURES
+    if not 1.01 * low < temperature < high / 1.01:
+        return None, f'the fit ran to the bound of its search ({temperature:.2f})'
+    return temperature, ''
 
 
 def confusion_matrix(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
@@ -337,16 +365,42 @@ def read_metrics(file: Path) -> Dict[str, Any]:
     return results
 
 
-def read_temperature(calibration: Optional[Path]) -> float:
-    """Read the temperature that `timm-densese evaluate` fitted; 1 without a file.
+def check_weights(what: str, results: Dict[str, Any], weights: str) -> None:
+    """Refuse what was measured on another model; where a file does not say on which, say so.
+
+    Args:
+        what: The option and file, for the message.
+        results: What the file holds.
+        weights: Hash of the weights that it is to be used with.
 
     Raises:
-        MetricsError: The file holds none.
+        MetricsError: It was measured on other weights.
+    """
+    if 'weights' not in results:
+        print(f'{what} does not say on which weights it was measured: whether on these is not known.', file=sys.stderr)
+    elif results['weights'] != weights:
+        raise MetricsError(
+            f'{what} was measured on other weights, those of {results.get("model", "another model")}. Run '
+            f'`timm-densese evaluate` with this model, and give its metrics.json.')
+
+
+def read_temperature(calibration: Optional[Path], weights: str) -> float:
+    """Read the temperature that `timm-densese evaluate` fitted; 1 without a file.
+
+    Args:
+        calibration: metrics.json.
+        weights: Hash of the weights that it is to be used with, of `timm_densese.checkpoints.Checkpoint`.
+
+    Raises:
+        MetricsError: The file holds none, or another model's.
     """
     if calibration is None:
         return 1.
     try:
-        temperature = float(json.loads(calibration.read_text(encoding='utf-8'))['temperature'])
+        results = json.loads(calibration.read_text(encoding='utf-8'))
+        if results['temperature'] is None:
+            raise ValueError(results['temperature_left_out'])
+        temperature = float(results['temperature'])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise MetricsError(
             f'--calibration {calibration} holds no temperature ({type(e).__name__}: {e}). Give the metrics.json of '
@@ -354,4 +408,5 @@ def read_temperature(calibration: Optional[Path]) -> float:
     if not 0 < temperature < float('inf'):
         raise MetricsError(f'--calibration {calibration} has the temperature {temperature}, which is not a positive '
                            f'number.')
+    check_weights(f'--calibration {calibration}', results, weights)
     return temperature

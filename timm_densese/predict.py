@@ -4,19 +4,22 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, Grayscale
 from tqdm import tqdm  # comes with huggingface_hub
 
 from .checkpoints import Checkpoint, load_model
 from .data.images import find_images, read_image
+from .errors import CheckpointError, UserError
 from .files import check_new_file, replace_file
 from .metrics import read_temperature
 
-__all__ = ['Logits', 'compute_logits', 'load_batches', 'predict', 'predict_files']
+__all__ = ['Logits', 'compute_logits', 'create_image_transform', 'load_batches', 'predict', 'predict_files']
 
 
 class _Files(Dataset):
@@ -48,6 +51,19 @@ class Logits(NamedTuple):
     errors: Dict[int, str]
 
 
+def create_image_transform(data_config: Dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """Create what turns an image, as `read_image` gives it, into a model's input (C, H, W), of 1 or 3 channels.
+
+    Raises:
+        CheckpointError: The model takes another number of channels, which pictures do not have.
+    """
+    channels = data_config['input_size'][0]
+    if channels not in (1, 3):
+        raise CheckpointError(f'This model takes {channels} channels, and images are read in 3, or in 1 as grey.')
+    transform: Any = create_transform(**data_config)
+    return transform if channels == 3 else Compose([Grayscale(), transform])
+
+
 def load_batches(
         paths: Sequence[Path],
         data_config: Dict[str, Any],
@@ -69,7 +85,7 @@ def load_batches(
         of the others by place.
     """
     loader: Any = DataLoader(
-        _Files(paths, create_transform(**data_config)), batch_size, collate_fn=list,
+        _Files(paths, create_image_transform(data_config)), batch_size, collate_fn=list,
         num_workers=workers if len(paths) > batch_size else 0)
     with tqdm(total=len(paths), desc=desc, unit='image') as progress:
         for batch in loader:
@@ -98,6 +114,9 @@ def compute_logits(
 
     Returns:
         The logits and what went wrong.
+
+    Raises:
+        CheckpointError: It gives what is no number.
     """
     values: List[torch.Tensor] = []
     indices: List[int] = []
@@ -106,7 +125,12 @@ def compute_logits(
         errors.update(failed)
         if places:
             with torch.inference_mode():
-                values.append(loaded.model(images.to(loaded.device)).float().cpu())
+                logits = loaded.model(images.to(loaded.device)).float().cpu()
+            if not logits.isfinite().all():
+                worst = places[int((~logits.isfinite()).any(1).nonzero()[0])]
+                raise CheckpointError(f'{loaded.source or "The model"} gives no numbers for {paths[worst]} (NaN or '
+                                      f'infinite): it is damaged, or its training diverged.')
+            values.append(logits)
             indices += places
     return Logits(torch.cat(values) if values else torch.empty(0, 0), indices, errors)
 
@@ -151,7 +175,7 @@ def predict(
         True
     """
     paths = find_images(images)
-    loaded = load_model(model, device) if isinstance(model, str) else model
+    loaded = load_model(model, device)
     logits = compute_logits(loaded, paths, batch_size=batch_size, workers=workers, desc='predict')
     rows: List[Dict[str, Any]] = [{'file': str(path)} for path in paths]
     for place, error in logits.errors.items():
@@ -166,7 +190,7 @@ def predict(
 
 
 def predict_files(
-        model: str,
+        model: Union[str, Checkpoint],
         images: Sequence[str],
         top_k: int = 5,
         calibration: Optional[Path] = None,
@@ -195,23 +219,28 @@ def predict_files(
     Raises:
         UserError: There are no images, or the model or the calibration cannot be read.
     """
+    if output and output.suffix.lower() != '.csv':
+        raise UserError(f'--output {output} is written as CSV: name it .csv. JSON is printed: --json > FILE.')
     if output:
         check_new_file(output, '--output')
-    temperature = read_temperature(calibration)
-    rows = predict(
-        model, images, top_k=top_k, temperature=temperature, device=device, batch_size=batch_size, workers=workers)
+    loaded = load_model(model, device)
+    temperature = read_temperature(calibration, loaded.hash_weights())
+    rows = predict(loaded, images, top_k=top_k, temperature=temperature, batch_size=batch_size, workers=workers)
     good = [row for row in rows if 'error' not in row]
     errors = {row['file']: row['error'] for row in rows if 'error' in row}
     if output:
         _write_csv(output, good)
     if as_json:
-        print(json.dumps({'model': model, 'temperature': temperature, 'calibrated': calibration is not None,
+        print(json.dumps({'model': loaded.source, 'temperature': temperature, 'calibrated': calibration is not None,
                           'predictions': good, 'unreadable': errors}, indent=1))
     else:
         width = max((len(row['file']) for row in good), default=0)
         for row in good:
             print(f'{row["file"]:{width}}  '
                   + '  '.join(f'{p["class"]} {p["probability"]:.1%}' for p in row['predictions']))
+        if not loaded.label_names:
+            print('The classes are numbers, the places of the outputs: their names are not known. Give --class-names.',
+                  file=sys.stderr)
         if calibration is None and good:
             print('The probabilities are not calibrated: give --calibration with the metrics.json of an evaluation.',
                   file=sys.stderr)

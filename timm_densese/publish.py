@@ -4,7 +4,7 @@ import json
 import tempfile
 from importlib import resources
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import timm
 import torch
@@ -14,11 +14,10 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import save_for_hf
 
 from .cards import finetune_card, registered_card
-from .checkpoints import Checkpoint, load_checkpoint
+from .checkpoints import Checkpoint, load_model
 from .errors import PublishError, hub_errors
 from .files import check_new_folder, new_folder, replace_file
-from .metrics import read_metrics
-from .models.se_densenet import SEDenseNet
+from .metrics import check_weights, read_metrics
 
 __all__ = ['publish', 'write_card']
 
@@ -45,13 +44,16 @@ def _check_repo_id(repo_id: str) -> None:
 
 
 def _checkpoint_card(repo_id: str, loaded: Checkpoint, data: Optional[Path], metrics: Optional[Path]) -> str:
-    if not isinstance(loaded.model, SEDenseNet):
-        raise PublishError(f'{loaded.model.pretrained_cfg["architecture"]} is not a model of this package; '
-                           f'timm.models.push_to_hf_hub publishes it.')
-
+    results = None
+    if metrics:
+        results = read_metrics(metrics)
+        check_weights(f'--metrics {metrics}', results, loaded.hash_weights())
+        if loaded.label_names and results.get('classes', loaded.label_names) != loaded.label_names:
+            raise PublishError(f'--metrics {metrics} has the classes {results["classes"]}, {loaded.source} has '
+                               f'{loaded.label_names}.')
     return str(finetune_card(
         repo_id, loaded.model, loaded.label_names, loaded.data_config, loaded.recipe, loaded.trained,
-        _is_msld(data, loaded.recipe), read_metrics(metrics) if metrics else None))
+        _is_msld(data, loaded.recipe), results))
 
 
 def write_card(
@@ -61,6 +63,7 @@ def write_card(
         model_kwargs: Optional[Dict[str, Any]] = None,
         metrics: Optional[Path] = None,
         data: Optional[Path] = None,
+        class_names: Optional[Sequence[str]] = None,
         output: Optional[Path] = None,
 ) -> None:
     """Write the model card of a registered model, or of a checkpoint that is or will be published.
@@ -68,10 +71,12 @@ def write_card(
     Args:
         of: Name of a registered model, or path of a checkpoint.
         repo_id: Where the checkpoint is published, OWNER/NAME.
-        model: Name of the checkpoint's model, see `load_checkpoint`, as are `model_kwargs` and `data`.
+        model: Name of the checkpoint's model, see `timm_densese.checkpoints.load_model`, as are `model_kwargs`,
+            `data` and `class_names`.
         model_kwargs: Arguments of the checkpoint's model.
         metrics: JSON file of measured metrics, see `timm_densese.metrics.read_metrics`.
         data: Folder that the checkpoint was trained on.
+        class_names: Names of the classes.
         output: File to write, replaced if it is there; printed if None.
 
     Raises:
@@ -79,7 +84,9 @@ def write_card(
     """
     if repo_id is not None:
         _check_repo_id(repo_id)
-        card = _checkpoint_card(repo_id, load_checkpoint(Path(of), model, model_kwargs, data), data, metrics)
+        loaded = load_model(
+            of, 'cpu', architecture=model, model_kwargs=model_kwargs, class_names=class_names, data=data)
+        card = _checkpoint_card(repo_id, loaded, data, metrics)
     elif Path(of).is_file():
         raise PublishError(f'{of} is a checkpoint: say as OWNER/NAME where it is published.')
     else:
@@ -97,6 +104,7 @@ def publish(
         model_kwargs: Optional[Dict[str, Any]] = None,
         metrics: Optional[Path] = None,
         data: Optional[Path] = None,
+        class_names: Optional[Sequence[str]] = None,
         private: bool = False,
         revision: Optional[str] = None,
         create_pr: bool = False,
@@ -110,12 +118,13 @@ def publish(
     uploads in one go, which leaves no place for the check.)
 
     Args:
-        checkpoint: Checkpoint of timm's train.py or of `timm-densese train`.
+        checkpoint: File of a model of any architecture, see `timm_densese.checkpoints.load_model`.
         repo_id: Repository, OWNER/NAME. It is made if there is none.
         model: Name of the model, the checkpoint's if empty.
         model_kwargs: Arguments of the model, over those that the run recorded.
         metrics: JSON file of measured metrics, see `timm_densese.metrics.read_metrics`.
         data: Folder that the model was trained on; it names the classes.
+        class_names: Names of the classes in the order of the outputs, if nothing else tells them.
         private: Make a new repository private.
         revision: Branch to commit to, made if there is none.
         create_pr: Open a pull request instead of committing.
@@ -134,7 +143,8 @@ def publish(
     if output is not None:
         check_new_folder(output, '--output', PublishError)
 
-    loaded = load_checkpoint(checkpoint, model, model_kwargs, data)
+    loaded = load_model(
+        str(checkpoint), 'cpu', architecture=model, model_kwargs=model_kwargs, class_names=class_names, data=data)
     card = _checkpoint_card(repo_id, loaded, data, metrics)
     with new_folder(output) if output is not None else tempfile.TemporaryDirectory(prefix='timm-densese-') as folder:
         work = Path(folder)
@@ -147,7 +157,7 @@ def publish(
         (work / 'model.safetensors').chmod((work / 'config.json').stat().st_mode)
         # timm 1.0.31 writes num_classes twice, and transformers' TimmWrapper then passes it twice.
         config = json.loads((work / 'config.json').read_text())
-        config['model_args'].pop('num_classes', None)
+        config.get('model_args', {}).pop('num_classes', None)
         (work / 'config.json').write_text(json.dumps(config, indent=2))
         (work / 'README.md').write_text(card, encoding='utf-8')
         _verify(work, loaded)

@@ -119,7 +119,7 @@ def write_page(
         figures: What `draw_figures` drew.
         paths: Files of the images, (N,).
         labels: (N,).
-        probabilities: (N, num_classes).
+        probabilities: (N, num_classes), as they are in `results`.
     """
     dataset, classes = results['dataset'], results['classes']
     names = [html.escape(name) for name in classes]
@@ -155,13 +155,13 @@ def write_page(
         body.append(f'<p>Temperature, fitted on val/: {results["temperature"]:.3f}. '
                     f'<code>timm-densese predict --calibration metrics.json</code> uses it.</p>')
 
-    own = probabilities[np.arange(len(labels)), labels]
-    wrong = [i for i in np.argsort(own) if probabilities[i].argmax() != labels[i]][:_WORST]
+    sure = probabilities.max(1)
+    wrong = [i for i in np.argsort(-sure, kind='stable') if probabilities[i].argmax() != labels[i]][:_WORST]
     body += [f'<h2>Worst errors</h2><p>The {len(wrong)} that were most sure of something else.</p>',
              _table(('image', 'file', 'is', 'called', 'with'), [
                  (_embed(_thumbnail(paths[i]), 'jpeg', paths[i].name),
                   html.escape(results['predictions'][i]['file']), names[labels[i]],
-                  names[probabilities[i].argmax()], f'{probabilities[i].max():.1%}') for i in wrong])]
+                  names[probabilities[i].argmax()], f'{sure[i]:.1%}') for i in wrong])]
     if results['unreadable']:
         body += ['<h2>Not readable</h2>', _table(('file', 'reason'), [
             (html.escape(file), html.escape(reason)) for file, reason in results['unreadable'].items()])]

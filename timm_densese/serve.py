@@ -2,17 +2,17 @@
 import os
 import sys
 from pathlib import Path
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Tuple, Union
 
 import torch
 from PIL import Image
-from timm.data import create_transform
 
-from .checkpoints import load_model, short_name
+from .checkpoints import Checkpoint, load_model, short_name
 from .data.images import read_image
 from .errors import UserError
 from .explain import draw_gates, grad_cam, overlay, read_gates
 from .metrics import read_temperature
+from .predict import create_image_transform
 
 __all__ = ['create_page', 'serve']
 
@@ -23,11 +23,11 @@ _TOP_K = 5
 _SITES_SHOWN = 3
 
 
-def create_page(model: str, calibration: Optional[Path] = None, device: str = '') -> Any:
+def create_page(model: Union[str, Checkpoint], calibration: Optional[Path] = None, device: str = '') -> Any:
     """Create the page.
 
     Args:
-        model: What `timm_densese.checkpoints.load_model` takes.
+        model: What `timm_densese.checkpoints.load_model` takes, or what it returned.
         calibration: metrics.json of `timm-densese evaluate`, for calibrated probabilities.
         device: Device, by default CUDA where there is one.
 
@@ -40,11 +40,11 @@ def create_page(model: str, calibration: Optional[Path] = None, device: str = ''
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')  # a page about patients tells nobody
     import gradio as gr
 
-    temperature = read_temperature(calibration)
     loaded = load_model(model, device)
+    temperature = read_temperature(calibration, loaded.hash_weights())
     net = loaded.model
     names = loaded.class_names
-    transform: Any = create_transform(**loaded.data_config)
+    transform = create_image_transform(loaded.data_config)
     has_gates = bool(getattr(net, 'attn_sites', None))
 
     def answer(file: Optional[str]) -> Tuple[Any, Any, Any]:
@@ -55,14 +55,15 @@ def create_page(model: str, calibration: Optional[Path] = None, device: str = ''
                 pixels = opened.width * opened.height
             if pixels > 1e6 * MAX_MEGAPIXELS:
                 raise gr.Error(f'This image has {pixels / 1e6:.0f} megapixels; at most {MAX_MEGAPIXELS} are read.')
-            image = transform(read_image(file))[None].to(loaded.device)
+            photo = read_image(file)
+            image = transform(photo)[None].to(loaded.device)
         except gr.Error:
             raise
         except Exception as e:  # PIL's decoders raise whatever they meet
             raise gr.Error(f'This file cannot be read as an image ({type(e).__name__}: {e}).') from e
         with torch.inference_mode():
             probabilities = (net(image).float() / temperature).softmax(1)[0].tolist()
-        cam = overlay(image[0], grad_cam(net, image)[0], loaded.data_config)
+        cam = overlay(photo, grad_cam(net, image)[0], loaded.data_config)
         figure = None
         if has_gates:
             gates = read_gates(net, image)
@@ -71,7 +72,7 @@ def create_page(model: str, calibration: Optional[Path] = None, device: str = ''
         return dict(zip(names, probabilities, strict=True)), cam, figure
 
     with gr.Blocks(title='timm-densese', analytics_enabled=False) as page:
-        gr.Markdown(f'# {short_name(model)}\n{NOTICE}')
+        gr.Markdown(f'# {short_name(loaded.source)}\n{NOTICE}')
         with gr.Row():
             with gr.Column():
                 file = gr.File(label=f'Image, at most {MAX_MEGABYTES} MB and {MAX_MEGAPIXELS} megapixels',
@@ -87,7 +88,7 @@ def create_page(model: str, calibration: Optional[Path] = None, device: str = ''
 
 
 def serve(
-        model: str,
+        model: Union[str, Checkpoint],
         calibration: Optional[Path] = None,
         device: str = '',
         port: int = 7860,
@@ -96,7 +97,7 @@ def serve(
     """Open the page, until it is interrupted.
 
     Args:
-        model: What `timm_densese.checkpoints.load_model` takes.
+        model: What `timm_densese.checkpoints.load_model` takes, or what it returned.
         calibration: metrics.json of `timm-densese evaluate`.
         device: Device, by default CUDA where there is one.
         port: Port.

@@ -44,7 +44,7 @@ def test_damaged_images_from_split_to_prediction(trained, tmp_path):
                      '.25')
     assert result.returncode == 0, result.stderr
     for name in unreadable:
-        assert re.search(f'left out, not decodable.*{re.escape(name)}', result.stdout), name
+        assert re.search(f'left out, not readable.*{re.escape(name)}', result.stdout), name
     with open(tmp_path / 'split' / 'split.csv', newline='') as file:
         rows = {row['file']: row for row in csv.DictReader(file)}
     assert len(rows) == 28 + len(readable) + len(unreadable)

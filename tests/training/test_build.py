@@ -86,12 +86,15 @@ def test_what_cannot_be_resumed(small_split, another, tmp_path):
         run_training(small_split, run, resume=str(run / 'last.pth.tar'), **own)
 
 
-def test_publish_told_the_wrong_model_says_what_does_not_fit(another, tmp_path):
+def test_a_checkpoint_tells_of_itself_and_what_contradicts_it_does_not_fit(another, tmp_path):
     shutil.copytree(another.parent, tmp_path / 'run')
     args = yaml.safe_load((another.parent / 'args.yaml').read_text())
-    (tmp_path / 'run' / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': 'se_densenet169'}))
-    checkpoint = str(tmp_path / 'run' / 'last.pth.tar')
-    assert main(['publish', checkpoint, 'owner/name', '--output', str(tmp_path / 'out')]) == 1
+    (tmp_path / 'run' / 'args.yaml').write_text(yaml.safe_dump({**args, 'model': 'se_densenet169'}))  # of another run
+    command = ['publish', str(tmp_path / 'run' / 'last.pth.tar'), 'owner/name', '--output']
+    assert main([*command, str(tmp_path / 'out')]) == 0
+    assert main([*command, str(tmp_path / 'out2'), '--model-kwargs', 'growth_rate=24']) == 1
+    assert main([*command, str(tmp_path / 'out2'), '--model', 'resnet10t']) == 1
+    assert not (tmp_path / 'out2').exists()
 
 
 @pytest.mark.parametrize(('options', 'message'), [

@@ -3,7 +3,7 @@ import glob
 import os
 import re
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Set, Tuple, Union
 
 import numpy as np
@@ -48,9 +48,9 @@ def natural_key(name: str) -> List[Union[int, str]]:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', name.lower()))]
 
 
-def looks_like_image(file: Union[str, Path]) -> bool:
+def looks_like_image(file: Union[str, PurePath]) -> bool:
     """Tell by its name whether a file is an image; also one that cannot be read, which is to be listed as such."""
-    suffix = Path(file).suffix.lower()
+    suffix = PurePath(file).suffix.lower()
     return suffix in _READ or suffix in _NOT_READ
 
 

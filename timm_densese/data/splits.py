@@ -3,60 +3,79 @@ import csv
 import os
 import re
 import shutil
+import unicodedata
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm  # comes with huggingface_hub
 
 from ..errors import SplitError
-from ..files import check_new_folder, new_folder, sha256
-from .images import list_images, read_image
-from .msld import MSLD_PATIENT
+from ..files import check_new_folder, new_folder, printable, sha256
+from .groups import find_patients, group_images
+from .images import read_image
+from .sources import SplitImage, find_source
 
-__all__ = ['SplitImage', 'split_images']
+__all__ = ['SplitImage', 'SplitTable', 'read_split', 'split_images']
+
+_TABLE = 'split.csv'
+# Names that are not UTF-8 keep their bytes.
+_TEXT = {'encoding': 'utf-8', 'errors': 'surrogateescape', 'newline': ''}
 
 
-@dataclass
-class SplitImage:
-    """One image of a split.
+class SplitTable(NamedTuple):
+    """What split.csv says of a folder.
 
     Attributes:
-        path: The image in the source folder.
-        label: Its class, the folder directly below the source.
-        sha256: Hash of its bytes; empty if it could not be decoded.
-        group: Number of its group: images of one group are never parted.
-        splits: Its split in each fold, 'train', 'val' or 'test'; empty if it could not be decoded.
-        error: Why it could not be decoded; empty if it could.
+        rows: Its rows: file, label, group, sha256 (of the source), stored_sha256 (of the file in the split), split or
+            fold0, fold1, ..., error. Empty where there is no table.
+        column: The column that says train, val or test for this folder.
     """
-    path: Path
-    label: str
-    sha256: str = ''
-    group: int = -1
-    splits: List[str] = field(default_factory=list)
-    error: str = ''
+    rows: List[Dict[str, str]]
+    column: str
+
+    def groups(self) -> Dict[str, str]:
+        """Give the group of each image, by its hashes, of the source and of the stored file."""
+        return {digest: row['group'] for row in self.rows for digest in _hashes(row)}
+
+    def hashes(self, split: str = '') -> Set[str]:
+        """Give the hashes of the images, of one split or of all."""
+        return {digest for row in self.rows if not split or row[self.column] == split for digest in _hashes(row)}
 
 
-# Of 64 bits of perceptual hash, this many may differ between two images that are called the same picture. On MSLD, 8
-# finds no two different pictures alike (10 does), all mirrored, quarter-turned, blurred and noisy copies, and few that
-# are turned by other angles or zoomed: those it takes names or patients to find.
-_NEAR = 8
-# What tools add to the name of a copy: IMG_1_aug_3, IMG_1-flipped, IMG_1 (2), IMG_1_rot90, IMG_1_copy.
-_COPY_SUFFIX = re.compile(
-    r'(?:[ _.-]*(?:\(\d+\)|(?:aug(?:mented|mentation)?|copy|crop(?:ped)?|(?:[hv]?flip(?:ped)?)|mirror(?:ed)?|'
-    r'rot(?:ated?|ation)?|blur(?:red)?|bright(?:ness)?|noise|noisy|scaled?|shear|zoom)[ _.-]?\d*))+$', re.IGNORECASE)
+def _hashes(row: Dict[str, str]) -> List[str]:
+    return [row[column] for column in ('sha256', 'stored_sha256') if row.get(column)]
+
+
+def read_split(folder: Path) -> SplitTable:
+    """Read the split.csv that tells of a split, of a fold, or of a folder in one of them.
+
+    Args:
+        folder: `OUTPUT` of a split, `OUTPUT/fold0`, or a folder such as `OUTPUT/test` in one of these.
+
+    Returns:
+        The table, which has no rows where there is none.
+    """
+    folder = Path(folder).resolve()
+    above = folder.parent
+    for file, column in ((folder / _TABLE, 'split'), (above / _TABLE, folder.name), (above / _TABLE, 'split'),
+                         (above.parent / _TABLE, above.name)):
+        if file.is_file():
+            with open(file, **_TEXT) as table:  # type: ignore[call-overload]
+                rows = list(csv.DictReader(table))
+            if rows and {'sha256', 'group', column} <= set(rows[0]):
+                return SplitTable(rows, column)
+    return SplitTable([], '')
 
 
 def split_images(
         src: Path,
-        out: Path,
+        output: Path,
         val: float = .1,
         test: float = .2,
         seed: int = 0,
@@ -64,197 +83,109 @@ def split_images(
         groups: Optional[Path] = None,
         group_regex: Optional[str] = None,
         report: Optional[Path] = None,
+        labels: Optional[Path] = None,
+        keep_test: bool = False,
+        copy: bool = False,
 ) -> List[SplitImage]:
     """Split a folder of class folders into `train/`, `val/` and `test/`, and part nothing that belongs together.
 
-    Images belong together, transitively, if they are of one patient, have the same bytes, look the same (a perceptual
-    hash, also against each other's mirror images and quarter turns), or are copies of one original by their names
-    (`a.jpg`, `a_aug_1.jpg`). The classes keep their shares as far as the groups allow.
+    Images belong together, transitively, if they are of one patient, have the same bytes, or show the same picture
+    (local features and geometry: turned, mirrored, cropped, brightened); see `timm_densese.data.groups`. The classes
+    keep their shares as far as the groups allow. What is written is read alike by this package and by timm's own
+    scripts: .jpg and .png files, upright, on white, directly in the class folders.
 
     Args:
         src: Folder with a folder for each class; images may lie deeper. Nothing is written there.
-        out: Folder to write, which must not exist or be empty. It gets the splits (in `fold0/`, `fold1/`, ... if
+        output: Folder to write, which must not exist or be empty. It gets the splits (in `fold0/`, `fold1/`, ... if
             `folds` is given) as hard links, or copies where the file system has none, and `split.csv`.
-        val: Share of the images to validate on.
+        val: Share of the images to validate on; with `keep_test`, of those that are not the test's.
         test: Share of the images to test on; ignored if `folds` is given, when each fold tests on 1 / folds.
         seed: The same seed and images give the same split.
         folds: Number of folds for cross-validation.
-        groups: CSV with the columns `file` (path below `src`) and `patient` or `group`.
-        group_regex: Pattern searched in a file's name; its first group, or the whole match, is the patient. By default
-            names like MSLD's are recognised.
-        report: Picture to write of the images that look the same, group by group.
+        groups: Table with a column for the file (path below `src`) and one for the patient or group.
+        group_regex: Pattern searched in a file's path below its class; its first group, or the whole match, is the
+            patient.
+        report: Picture to write of the images that show the same picture, pair by pair.
+        labels: Table with a column for the file and one for the class; the folders of `src` are then none.
+        keep_test: `src` holds train/ and test/: the test set stays as it is, val is carved from the rest.
+        copy: Copy the files, where hard links would share later edits with `src`.
 
     Returns:
         The images, in the order of their paths.
 
     Raises:
-        SplitError: The folders or the shares do not allow a split; the message says what was found.
+        SplitError: The folders, tables or shares do not allow a split; the message says what was found.
     """
-    src, out = Path(src), Path(out)
+    src, output = Path(src), Path(output)
     if groups and group_regex:
         raise SplitError('Give --groups or --group-regex, not both.')
     if not 0 <= val < 1 or not 0 <= test < 1 or val + test >= 1:
         raise SplitError(f'--val {val} and --test {test} must be shares that leave something to train on.')
     if folds is not None and folds < 2:
         raise SplitError(f'--folds {folds}: cross-validation takes 2 folds or more.')
-    if out.resolve().is_relative_to(src.resolve()):
-        raise SplitError(f'{out} lies inside {src}, where nothing is to be written. Choose another --output.')
-    check_new_folder(out, '--output', SplitError)
+    if keep_test and (folds or labels):
+        raise SplitError('Give --keep-test or --folds or --labels, not two of them.')
+    if output.resolve().is_relative_to(src.resolve()):
+        raise SplitError(f'{output} lies inside {src}, where nothing is to be written. Choose another --output.')
+    check_new_folder(output, '--output', SplitError)
 
-    images = _find_images(src)
-    hashes = _fingerprint(images)
-    good = [i for i, image in enumerate(images) if not image.error]
-    for image in images:
-        if image.error:
-            print(f'left out, not decodable: {image.path} ({image.error})')
-    counts = Counter(images[i].label for i in good)
-    if len(counts) < 2:
+    images = find_source(src, labels, keep_test)
+    known = [image for image in images if not image.error]
+    find_patients(known, src, groups, group_regex, labels)
+    _read(known)
+    good = [image for image in images if not image.error]
+    counts = Counter(image.label for image in good)
+    lost = sorted({image.label for image in images if image.label} - set(counts))
+    if lost or len(counts) < 2:
+        also = f'; no image of {", ".join(lost)} can be read' if lost else ''
         raise SplitError(
-            f'{src} must hold a folder of images for each of two or more classes; found {dict(counts)}.')
+            f'{src} must hold a folder of images for each of two or more classes; found {dict(counts)}{also}.')
 
-    near = _group([images[i] for i in good], hashes, src, groups, group_regex)
-    _assign([images[i] for i in good], val, test, seed, folds)
-    _write(images, src, out, folds)
-    _print_balance([images[i] for i in good], folds)
-    if report and near:
-        _contact_sheet([images[i] for i in good], near, report)
-        print(f'the images that look the same: {report}')
+    pictures = group_images(good)
+    if keep_test:
+        _assign_around_test(good, val, seed)
+    else:
+        _assign(good, val, test, seed, folds)
+    _check_shares(good, val, 1 / folds if folds else test, folds, keep_test)
+    _write(images, src, output, folds, copy)
+    _print_balance(good, folds)
+    if report and pictures:
+        _contact_sheet(good, pictures, report)
+        print(f'the images that show the same picture: {report}')
     elif report:
-        print(f'no different files look the same: {report} was not written')
+        print(f'no different files show the same picture: {report} was not written')
     return images
 
 
-def _find_images(src: Path) -> List[SplitImage]:
-    if not src.is_dir():
-        raise SplitError(f'{src} is not a folder.')
-    folder = list_images(src)
-    ready = [name for name in folder.classes
-             if name.lower() in ('train', 'training', 'val', 'valid', 'validation', 'test')]
-    if ready:
-        raise SplitError(
-            f'{src} holds {", ".join(ready)}: it is split already. Point SRC at a folder of class folders, or merge '
-            f'these first: a split made elsewhere may part a patient.')
-    return [SplitImage(path, folder.classes[label]) for path, label in folder.samples]
-
-
-def _fingerprint_one(path: Path) -> Tuple[str, str, List[int]]:
-    """Hash an image: its bytes' SHA-256 or the error on decoding it, and perceptual hashes of its eight poses."""
-    import imagehash
-
+def _read_one(path: Path) -> Tuple[str, str]:
+    """Hash a file, or say why it cannot be read as an image."""
     try:
-        # 32 x 32 is what phash works on; shrinking first makes the eight poses cheap.
-        gray = read_image(path).convert('L').resize((32, 32), Image.Resampling.LANCZOS)
+        read_image(path)
+        return sha256(path), ''
     except Exception as e:  # PIL's decoders raise whatever they meet
-        return '', f'{type(e).__name__}: {e}', []
-    mirrored = gray.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    poses = (image.rotate(90 * turns) for image in (gray, mirrored) for turns in range(4))
-    return sha256(path), '', [int(str(imagehash.phash(pose)), 16) for pose in poses]
+        return '', f'{type(e).__name__}: {e}'
 
 
-def _fingerprint(images: Sequence[SplitImage]) -> np.ndarray:
-    """Fill in each image's SHA-256 or error; give the perceptual hashes (N, 8) of those that decode."""
-    hashes = []
-    with ProcessPoolExecutor() as pool:
-        results = pool.map(_fingerprint_one, [image.path for image in images], chunksize=32)
-        progress = tqdm(results, total=len(images), desc='hash', unit='image')
-        for image, (sha256, error, poses) in zip(images, progress, strict=True):
-            image.sha256, image.error = sha256, error
-            if not error:
-                hashes.append(poses)
-    return np.array(hashes, dtype=np.uint64).reshape(-1, 8)
+def _read(images: Sequence[SplitImage]) -> None:
+    """Fill in each image's SHA-256 or error."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(_read_one, [image.path for image in images])
+        progress = tqdm(results, total=len(images), desc='read', unit='image')
+        for image, (digest, error) in zip(images, progress, strict=True):
+            image.sha256, image.error = digest, error
+    for image in images:
+        if image.error:
+            print(f'left out, not readable: {printable(image.path)} ({image.error})')
 
 
-def _near_pairs(hashes: np.ndarray) -> Iterator[Tuple[int, int]]:
-    """Find the pairs within `_NEAR` bits, the first image as it is against each pose of the second."""
-    for i in range(len(hashes) - 1):  # a row at a time: memory stays linear
-        distance = np.bitwise_count(hashes[i, 0] ^ hashes[i + 1:]).min(1)
-        for j in np.flatnonzero(distance <= _NEAR):
-            yield i, i + 1 + int(j)
-
-
-def _group(
-        images: Sequence[SplitImage],
-        hashes: np.ndarray,
-        src: Path,
-        groups: Optional[Path],
-        group_regex: Optional[str],
-) -> List[Tuple[int, int]]:
-    """Number the groups, print what made them, and give the pairs of different files that look the same."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    def chained(keys: Sequence[Optional[str]]) -> List[Tuple[int, int]]:
-        last: Dict[str, int] = {}
-        pairs = []
-        for i, key in enumerate(keys):
-            if key is not None:
-                if key in last:
-                    pairs.append((last[key], i))
-                last[key] = i
-        return pairs
-
-    patients = _patients(images, src, groups, group_regex)
-    same_patient = chained(patients)
-    same_bytes = chained([image.sha256 for image in images])
-    originals = [_COPY_SUFFIX.sub('', image.path.stem) for image in images]
-    copied = {(i.label, o) for i, o in zip(images, originals, strict=True) if o != i.path.stem}
-    same_name = chained([
-        f'{i.label}/{o}' if (i.label, o) in copied else None for i, o in zip(images, originals, strict=True)])
-    near = [(i, j) for i, j in _near_pairs(hashes) if images[i].sha256 != images[j].sha256]
-
-    edges = np.array([*same_patient, *same_bytes, *same_name, *near], dtype=np.int64).reshape(-1, 2)
-    graph = coo_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(len(images), len(images)))
-    count, numbers = connected_components(graph, directed=False)
-    for image, number in zip(images, numbers, strict=True):
-        image.group = int(number)
-
-    known = len({p for p in patients if p is not None})
-    print(f'{len(images)} images in {count} groups, which are not parted:')
-    print(f'  {known} patients' + ('' if known else ' known: every image counts as a patient of its own. Give --groups '
-                                   'or --group-regex if the names tell.'))
-    print(f'  {len(same_bytes)} repeats of the same bytes, {len(near)} pairs that look the same, '
-          f'{len(same_name)} copies by name')
-    for what, pairs in (('same bytes', same_bytes), ('look the same', near), ('copy by name', same_name)):
-        for i, j in pairs[:5]:
-            print(f'    {what}: {images[i].path} and {images[j].path}')
-        if len(pairs) > 5:
-            print(f'    and {len(pairs) - 5} more')
-    for i, j in chain(same_bytes, near):
-        if images[i].label != images[j].label:
-            print(f'  WARNING: the same picture under two labels: {images[i].path} and {images[j].path}')
-    return near
-
-
-def _patients(
-        images: Sequence[SplitImage],
-        src: Path,
-        groups: Optional[Path],
-        group_regex: Optional[str],
-) -> List[Optional[str]]:
-    if groups:
-        with open(groups, newline='') as file:
-            rows = list(csv.DictReader(file))
-        column = next((c for c in ('patient', 'group') if rows and c in rows[0]), None)
-        if column is None or 'file' not in rows[0]:
-            raise SplitError(f'{groups} must have the columns file, and patient or group; found {list(rows[:1])}.')
-        known = {row['file']: row[column] for row in rows}
-        names = [image.path.relative_to(src).as_posix() for image in images]
-        lost = [name for name in names if name not in known]
-        if lost:
-            raise SplitError(f'{groups} has no row for {len(lost)} images of {src}, the first {lost[0]}.')
-        return [known[name] for name in names]
-    pattern = re.compile(group_regex or MSLD_PATIENT)
-    matches = [pattern.search(image.path.name) for image in images]
-    if group_regex and not any(matches):
-        raise SplitError(f'--group-regex {group_regex!r} matches no file name of {src}.')
-    return [None if m is None else m[1] if pattern.groups else m[0] for m in matches]
+# Who goes where.
 
 
 def _hold_out(images: Sequence[SplitImage], indices: np.ndarray, share: float, seed: int) -> np.ndarray:
     """Choose a share of the images, whole groups, stratified: p of q folds, where p / q is near the share."""
     if not share:
         return indices[:0]
-    fraction = Fraction(share).limit_denominator(10) or Fraction(1, 20)
+    fraction = Fraction(share).limit_denominator(10) or Fraction(1, round(1 / share))
     if fraction >= 1:
         raise SplitError(
             f'{len(indices)} of {len(images)} images are left, too few for a share of {share:.0%} of them and others '
@@ -284,58 +215,136 @@ def _assign(images: Sequence[SplitImage], val: float, test: float, seed: int, fo
     tests = _folds(images, everything, folds, seed) if folds else [_hold_out(images, everything, test, seed)]
     for held_out in tests:
         rest = np.setdiff1d(everything, held_out)
-        validation = set(_hold_out(images, rest, val * len(images) / len(rest), seed).tolist())
-        test_set = set(held_out.tolist())
-        for i, image in enumerate(images):
-            image.splits.append('test' if i in test_set else 'val' if i in validation else 'train')
+        validation = _hold_out(images, rest, val * len(images) / len(rest), seed)
+        _append(images, held_out, validation)
 
 
-def _write(images: Sequence[SplitImage], src: Path, out: Path, folds: Optional[int]) -> None:
+def _assign_around_test(images: Sequence[SplitImage], val: float, seed: int) -> None:
+    official = np.array([image.official for image in images])
+    _append(images, np.flatnonzero(official), _hold_out(images, np.flatnonzero(~official), val, seed))
+    tested = {image.group for image in images if image.official}
+    across = [image for image in images if not image.official and image.group in tested]
+    if across:
+        print(f'  WARNING: {len(across)} images outside the official test set are of patients or pictures in it, such '
+              f'as {printable(across[0].path)}: its scores are no test of new ones. Delete these images to mend it.')
+
+
+def _append(images: Sequence[SplitImage], test: np.ndarray, val: np.ndarray) -> None:
+    tested, validated = set(test.tolist()), set(val.tolist())
+    for i, image in enumerate(images):
+        image.splits.append('test' if i in tested else 'val' if i in validated else 'train')
+
+
+def _check_shares(
+        images: Sequence[SplitImage],
+        val: float,
+        test: float,
+        folds: Optional[int],
+        keep_test: bool,
+) -> None:
+    """Say where the groups made a share another than was asked for, and refuse a test set that is far from it."""
+    largest = Counter(image.group for image in images).most_common(1)[0][1]
+    labels = {image.label for image in images}
+    kept = sum(image.official for image in images)
+    asked = {'val': val * (len(images) - kept), 'test': kept if keep_test else test * len(images)}
+    for fold in range(folds or 1):
+        where = f'fold{fold} ' if folds else ''
+        for split, wanted in asked.items():
+            found = [image for image in images if image.splits[fold] == split]
+            missed = (f'{where}{split} has {len(found)} of {len(images)} images ({len(found) / len(images):.0%}), and '
+                      f'{wanted:.0f} ({wanted / len(images):.0%}) were asked for: groups are not parted, and the '
+                      f'largest has {largest} images')
+            if split == 'test' and not folds and not wanted / 2 - 1 <= len(found) <= 2 * wanted + 1:
+                raise SplitError(f'{missed}. Ask for another --test, or use --folds.')
+            if abs(len(found) - wanted) > max(2, .15 * wanted):
+                print(f'  NOTE: {missed}.')
+            absent = sorted(labels - {image.label for image in found})
+            if found and absent:
+                print(f'  WARNING: {where}{split} has no images of {", ".join(absent[:5])}. Use another --seed or a '
+                      f'larger share.')
+
+
+# What is written.
+
+
+def _write(images: Sequence[SplitImage], src: Path, output: Path, folds: Optional[int], copy: bool) -> None:
     """Write the folders and split.csv under a temporary name, then rename."""
-    with new_folder(out) as work:
-        taken: Counter = Counter()
+    with new_folder(output) as work:
+        taken: Set[Tuple[str, str]] = set()
         stored: Dict[Path, str] = {}
+        changes: Counter = Counter()
+        linked = False
         for image in images:
             # Folders below the class go into the name, which a number makes unique: x/a.png and x_a.jpg are two.
-            name = '_'.join(image.path.relative_to(src / image.label).with_suffix('').parts)
-            taken[image.label, name] += 1
-            if taken[image.label, name] > 1:
-                name = f'{name}-{taken[image.label, name]}'
+            plain = _plain_name(image.name)
+            name, number = plain, 1
+            while (image.label, name.casefold()) in taken:
+                number += 1
+                name = f'{plain}-{number}'
+            taken.add((image.label, name.casefold()))
             for fold, split in enumerate(image.splits):
                 folder = work / (f'fold{fold}' if folds else '') / split / image.label
                 folder.mkdir(parents=True, exist_ok=True)
-                file = _place(image.path, folder / name)
+                file, change = _place(image.path, folder / name, copy)
                 if image.path not in stored:  # the same bytes in every fold
                     stored[image.path] = sha256(file)
+                    if change:
+                        changes[change] += 1
+                    if name != Path(image.name).stem:
+                        changes['stored under another name: of one folder, unique, and readable everywhere'] += 1
+                linked = linked or os.stat(file).st_nlink > 1
         fold_columns = [f'fold{k}' for k in range(folds)] if folds else ['split']
-        with open(work / 'split.csv', 'w', newline='') as table:
+        with open(work / _TABLE, 'w', **_TEXT) as table:  # type: ignore[call-overload]
             writer = csv.writer(table)
             writer.writerow(['file', 'label', 'group', 'sha256', 'stored_sha256', *fold_columns, 'error'])
             for image in images:
                 splits = image.splits or [''] * len(fold_columns)
                 writer.writerow([image.path.relative_to(src).as_posix(), image.label, image.group, image.sha256,
                                  stored.get(image.path, ''), *splits, image.error])
+    for change, count in sorted(changes.items()):
+        print(f'{count} images are {change}')
+    if linked:
+        print(f'The files are hard links: who edits one in {output} edits it in {src}. --copy makes copies.')
 
 
-def _place(source: Path, target: Path) -> Path:
+def _plain_name(name: str) -> str:
+    """A file's name for its place in the class folder: without folders, and with what every system and timm read."""
+    stem = '_'.join(Path(name).with_suffix('').parts)
+    stem = os.fsencode(stem).decode('utf-8', 'replace')
+    stem = ''.join(unicodedata.normalize('NFKC', c) if c.isdigit() and not c.isdecimal() else c for c in stem)
+    return re.sub(r'[\\:*?"<>|\x00-\x1f\ufffd]', '_', stem).lstrip('.')[-150:] or '_'
+
+
+def _place(source: Path, target: Path, copy: bool) -> Tuple[Path, str]:
     """Put an image where timm's folder reader finds it, which takes .jpg and .png: link, copy, or convert to PNG.
 
-    What timm would read otherwise than a person sees it is converted, too: turned by EXIF, or of 16 bits a pixel.
+    What timm would read otherwise than a person sees it is converted, too.
+
+    Returns:
+        The file, and why it was converted.
     """
     with Image.open(source) as file:
         suffix = {'JPEG': '.jpg', 'MPO': '.jpg', 'PNG': '.png'}.get(file.format or '')
-        turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        wide = file.mode.startswith('I')
-    if suffix is None or turned or wide:
+        change = ''
+        if suffix is None:
+            change = 'of a format that timm does not read, and stored as PNG'
+        elif file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            change = 'turned as their EXIF says, and stored as PNG'
+        elif file.mode.startswith('I'):
+            change = 'of 16 bits, and stored as PNG with 8'
+        elif file.has_transparency_data:
+            change = 'transparent, and stored as PNG on white'
+    if change:
         target = target.with_name(f'{target.name}.png')
         read_image(source).save(target)
-        return target
+        return target, change
     target = target.with_name(f'{target.name}{suffix}')
-    with suppress(OSError):
-        os.link(source, target)
-        return target
+    if not copy:
+        with suppress(OSError):
+            os.link(source.resolve(), target)  # a link to a link would point nowhere from here
+            return target, ''
     shutil.copy2(source, target)
-    return target
+    return target, ''
 
 
 def _print_balance(images: Sequence[SplitImage], folds: Optional[int]) -> None:
@@ -349,22 +358,21 @@ def _print_balance(images: Sequence[SplitImage], folds: Optional[int]) -> None:
             print(f'{prefix}{split:5} {counts.total():5} images in {groups} groups: {classes}')
 
 
-def _contact_sheet(images: Sequence[SplitImage], near: Sequence[Tuple[int, int]], report: Path) -> None:
-    """Draw the images that look the same, a pair a row."""
+def _contact_sheet(images: Sequence[SplitImage], pairs: Sequence[Tuple[int, int]], report: Path) -> None:
+    """Draw the images that show the same picture, a pair a row."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    shown = near[:30]
+    shown = pairs[:30]
     fig, axes = plt.subplots(len(shown), 2, figsize=(5, 2.4 * len(shown)), layout='constrained', squeeze=False)
     for row, pair in zip(axes, shown, strict=True):
         for ax, i in zip(row, pair, strict=True):
-            with Image.open(images[i].path) as file:
-                ax.imshow(file.convert('RGB'))
-            ax.set_title(f'{images[i].label}/{images[i].path.name}\ngroup {images[i].group}', fontsize=7)
+            ax.imshow(read_image(images[i].path))
+            ax.set_title(f'{images[i].label}/{printable(images[i].path.name)}\ngroup {images[i].group}', fontsize=7)
             ax.axis('off')
-    if len(near) > len(shown):
-        fig.suptitle(f'the first {len(shown)} of {len(near)} pairs', fontsize=8)
+    if len(pairs) > len(shown):
+        fig.suptitle(f'the first {len(shown)} of {len(pairs)} pairs', fontsize=8)
     report.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(report, dpi=80)
     plt.close(fig)

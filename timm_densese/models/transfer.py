@@ -58,7 +58,8 @@ def _check_keys(
         if checked(k) and k in state_dict and shape(k, state_dict[k]) != shape(k, v)]
     if missing or unexpected or misshapen:
         arch = getattr(model, 'pretrained_cfg', {}).get('architecture') or type(model).__name__
-        raise CheckpointMismatchError(arch, model.se_placement, missing, unexpected, misshapen)
+        raise CheckpointMismatchError(
+            f'{arch} with se_placement={model.se_placement!r}', missing, unexpected, misshapen)
 
 
 def transfer_densenet(state_dict: Mapping[str, torch.Tensor], model: 'SEDenseNet') -> Dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ def check_model_args(arch: str, args: Mapping[str, Any]) -> None:
                     if name in _MODEL_ARGS and value is not None and not _MODEL_ARGS[name](value))
     if unknown or absurd:
         raise ModelConfigError(
-            f'The config.json for {arch} is refused, nothing was built from it:'
+            f'The arguments for {arch} that a file gives are refused, nothing was built from them:'
             + (f' {", ".join(unknown)} is not an argument of this model.' if unknown else '')
             + (f' {", ".join(absurd)} is out of range.' if absurd else '')
             + ' Ask whoever published it, or create the model yourself and load the weights with checkpoint_path.')
