@@ -1,8 +1,6 @@
 """Publishes trained models on the Hugging Face Hub, with their card."""
-import csv
 import json
 import tempfile
-from importlib import resources
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence
 
@@ -15,6 +13,8 @@ from timm.models import save_for_hf
 
 from .cards import finetune_card, registered_card
 from .checkpoints import Checkpoint, load_model
+from .data.msld import is_msld
+from .data.splits import read_split
 from .errors import PublishError, hub_errors
 from .files import check_new_folder, new_folder, replace_file
 from .metrics import check_weights, read_metrics
@@ -23,15 +23,9 @@ __all__ = ['publish', 'write_card']
 
 
 def _is_msld(data: Optional[Path], recipe: Dict[str, Any]) -> bool:
-    """Tell whether the images of a split are MSLD's, by their hashes in split.csv."""
+    """Tell whether the images that were trained on are MSLD's, by their hashes in split.csv."""
     root = data or recipe.get('data_dir') or recipe.get('data') or ''
-    table = Path(root) / 'split.csv'
-    if not root or not table.is_file():
-        return False
-    manifest = resources.files(__package__).joinpath('data', 'msld.csv').read_text()
-    known = {row['sha256'] for row in csv.DictReader(manifest.splitlines())}
-    with open(table, newline='') as file:
-        return any(row.get('sha256') in known for row in csv.DictReader(file))
+    return bool(root) and is_msld(read_split(Path(root)).hashes())
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -153,6 +147,8 @@ def publish(
             # The tag and licence are the DenseNet's; these weights are others.
             model_config={'label_names': loaded.label_names or None,
                           'pretrained_cfg': {'tag': '', 'license': ModelCard(card).data.to_dict()['license']}})
+        # safetensors gives its file to its owner alone; these are for others.
+        (work / 'model.safetensors').chmod((work / 'config.json').stat().st_mode)
         # timm 1.0.31 writes num_classes twice, and transformers' TimmWrapper then passes it twice.
         config = json.loads((work / 'config.json').read_text())
         config.get('model_args', {}).pop('num_classes', None)

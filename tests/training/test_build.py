@@ -93,7 +93,7 @@ def test_a_checkpoint_tells_of_itself_and_what_contradicts_it_does_not_fit(anoth
     command = ['publish', str(tmp_path / 'run' / 'last.pth.tar'), 'owner/name', '--output']
     assert main([*command, str(tmp_path / 'out')]) == 0
     assert main([*command, str(tmp_path / 'out2'), '--model-kwargs', 'growth_rate=24']) == 1
-    assert main([*command, str(tmp_path / 'out2'), '--model', 'resnet10t']) == 1
+    assert main([*command, str(tmp_path / 'out2'), '--model', 'se_densenet169']) == 1
     assert not (tmp_path / 'out2').exists()
 
 
