@@ -106,11 +106,12 @@ class FusedDenseBlock(nn.Module):
 
     @torch.jit.ignore
     def _can_write(self, x: torch.Tensor) -> bool:
+        layers: List[Any] = list(self.layers)
         return (
             not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x)
             and all(is_plain_module(layer, _FusedLayer) and is_plain_module(layer.conv1, NormConv)
                     and is_plain_conv(layer.conv1.conv, 1, bias=True) and is_plain_conv(layer.conv2, 3)
-                    for layer in self.layers))
+                    for layer in layers))
 
     @torch.jit.ignore
     def _forward_buffer(self, x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +141,7 @@ class FusedDenseBlock(nn.Module):
             y = layer.se(layer.conv2(y))
             start, end = end, end + y.shape[1]
             buffer[:, start:end] = y
-        return buffer
+        return buffer[:, :end]
 
 
 @functools.lru_cache(maxsize=None)
