@@ -88,7 +88,7 @@ def test_the_page_predicts_and_refuses(browser, trained, tmp_path):
         text = wait_for(lambda: re.search(r'(spots|stripes)\s+(\d+)%', browser.find_element(By.ID, 'prediction').text))
         assert int(text[2]) >= 50
         cam = wait_for(lambda: browser.find_element(By.CSS_SELECTOR, '#cam img'))
-        wait_for(lambda: cam.get_property('naturalWidth') == 64)
+        wait_for(lambda: cam.get_property('naturalWidth') == 96)
         wait_for(lambda: browser.find_element(By.CSS_SELECTOR, '#gates img').get_property('naturalWidth') > 300)
         browser.save_screenshot(str(tmp_path / 'page.png'))
         assert Image.open(tmp_path / 'page.png').convert('L').getextrema() != (255, 255)
