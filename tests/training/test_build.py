@@ -135,7 +135,8 @@ def test_a_net_with_attention_trains(small_split, tmp_path):
     run_training(small_split, tmp_path, model='with_attention', model_kwargs=dict(base='resnet10t'))
     args = yaml.safe_load((tmp_path / 'args.yaml').read_text())
     assert (args['architecture'], args['model_args']['base']) == ('with_attention', 'resnet10t')
-    model = timm.create_model(args['architecture'], **args['model_args'], checkpoint_path=str(tmp_path / 'last.pth.tar'))
+    model = timm.create_model(
+        args['architecture'], checkpoint_path=str(tmp_path / 'last.pth.tar'), **args['model_args'])
     assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
     with pytest.raises(OptionError, match=r'--model with_attention: .*base'):
         run_training(small_split, tmp_path / 'no_base', model='with_attention', model_kwargs={})
