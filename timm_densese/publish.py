@@ -147,6 +147,8 @@ def publish(
             # The tag and licence are the DenseNet's; these weights are others.
             model_config={'label_names': loaded.label_names or None,
                           'pretrained_cfg': {'tag': '', 'license': ModelCard(card).data.to_dict()['license']}})
+        # safetensors gives its file to its owner alone; these are for others.
+        (work / 'model.safetensors').chmod((work / 'config.json').stat().st_mode)
         # timm 1.0.31 writes num_classes twice, and transformers' TimmWrapper then passes it twice.
         config = json.loads((work / 'config.json').read_text())
         config.get('model_args', {}).pop('num_classes', None)
