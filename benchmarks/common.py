@@ -29,6 +29,12 @@ RESULTS = Path(__file__).parent / 'results'
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 COMPILED = ('compile', 'freezing', 'max-autotune')
 Run = Callable[[], Any]
+# What TINY_NETS=1 makes of the nets, for a dry run that asks whether all runs and not how fast.
+TINY: dict[str, dict[str, Any]] = {
+    'densenet121': {'growth_rate': 4, 'block_config': (1, 2)}, 'seresnet50': {'layers': (1, 1, 1, 1)},
+    'rdnet_tiny': {'num_init_features': 8, 'growth_rates': [8, 8], 'num_blocks_list': [1, 1],
+                   'is_downsample_block': [None, True], 'transition_compression_ratio': .5,
+                   'block_type': ['Block', 'Block']}}
 
 
 def interleave(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -133,7 +139,8 @@ def _peak_alone(sender: Any, args: tuple[Any, ...], threads: int, limit: float) 
         peak = (status('VmHWM') - before) / 1e6
         sender.send(peak if peak < 1e3 * limit else MemoryError(f'{peak:.0f} MB'))
     except Exception as error:
-        sender.send(MemoryError(str(error)) if 'alloc' in str(error) else RuntimeError(first_line(error)))
+        sender.send(MemoryError(str(error)) if 'alloc' in str(error) else RuntimeError(
+            first_line(error).removeprefix('RuntimeError: ')))
 
 
 def first_line(error: Exception) -> str:
@@ -202,7 +209,8 @@ def base(model: str) -> str:
 def create(model: str, training: bool) -> Any:
     torch.manual_seed(0)
     *source, name = re.sub(' (fused|checkpointing|linear memory)$', '', model).split()
-    net: Any = torchvision.models.get_model(name) if source else timm.create_model(name)
+    tiny = TINY.get(name[-11:], {}) if os.environ.get('TINY_NETS') else {}
+    net: Any = torchvision.models.get_model(name) if source else timm.create_model(name, **tiny)
     net.train(training)
     if model.endswith(('checkpointing', 'linear memory')):
         net.set_grad_checkpointing()
@@ -229,7 +237,7 @@ def training_step(model: Any, x: torch.Tensor, dtype: torch.dtype = torch.float3
     def run() -> None:
         model.zero_grad()
         with autocast(dtype):
-            loss = F.cross_entropy((forward or model)(x), labels)
+            loss = F.cross_entropy((model if forward is None else forward)(x), labels)
         loss.backward()
         if optimizer:
             optimizer.step()

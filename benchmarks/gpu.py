@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import roofline
-import timm
 import torch
-from common import RESULTS, device, first_line, machine, peak_memory
+from common import RESULTS, create, device, first_line, machine, peak_memory
 from memory import saved_megabytes
 from tables import draw, read, write_summary, write_tables
 from throughput import Bench, largest_batch
@@ -86,8 +85,7 @@ def measure_bytes(size: int, batch_size: int) -> dict[str, dict[str, float | Non
     """MB that an image saves for backward in bfloat16 autocast, and MB at the peak of a training step."""
     found = {}
     for model in ('densenet121', 'densenet121 checkpointing', 'se_densenet121 linear memory'):
-        net: Any = timm.create_model(model.split()[0]).train().to(device(), memory_format=torch.channels_last)
-        net.set_grad_checkpointing(' ' in model)
+        net = create(model, True).to(device(), memory_format=torch.channels_last)
         with torch.autocast(device().type, torch.bfloat16):
             saved = saved_megabytes(net, size)
         peak = peak_memory('train', model, 'eager', 'bfloat16', batch_size, size, Path())
@@ -121,14 +119,20 @@ def main() -> None:
     name = re.sub(r'\W+', '-', machine()['device']).strip('-').lower()
     out = args.out or RESULTS / f'gpu-{name}{"-dry-run" if dry else ""}'
     out.mkdir(parents=True, exist_ok=True)
-    size, batches = (32, (1, 2)) if dry else (224, (1, 64))
-    limit, guess = (.2, 2) if dry else (None, 256)
+    size, batches = (64, (1, 2)) if dry else (224, (1, 64))
+    limit, guess = (.03, 64) if dry else (None, 256)
+    if dry:
+        os.environ['TINY_NETS'] = '1'
     steps, bench = Steps(out, args.minutes), Bench(out, size, .02 if dry else 2, 3 if dry else 10)
 
     def throughput(kind: str, execution: str, models: tuple[str, ...]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            for batch_size in batches:
+            for batch_size in batches[-1:] if dry and execution != 'eager' else batches:
                 bench.group(kind, execution, 'bfloat16', dict.fromkeys(models, batch_size), Path(folder))
+        failed = [f'{row["model"]}, batch {row["batch"]}: {row["error"]}' for row in read(out)
+                  if row['kind'] == kind and row['execution'] == execution and 'error' in row]
+        if failed:
+            raise RuntimeError('; '.join(failed))
 
     def tables() -> int:
         rows = read(out)
@@ -138,7 +142,7 @@ def main() -> None:
         return len(rows)
 
     def roof() -> dict[str, Any]:
-        ceilings, rows = roofline.measure(batches[-1], torch.bfloat16, size)
+        ceilings, rows = roofline.measure(batches[-1], torch.bfloat16, size, quick=dry)
         roofline.draw(rows, batches[-1], torch.bfloat16, out / 'roofline.png')
         return {'ceilings': ceilings, 'rows': rows}
 

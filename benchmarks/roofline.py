@@ -84,15 +84,15 @@ def floors(operators: list[tuple[str, float, float]], ceilings: dict[str, float]
     return table
 
 
-def measure_ceilings(dtype: torch.dtype) -> dict[str, float]:
+def measure_ceilings(dtype: torch.dtype, quick: bool = False) -> dict[str, float]:
     """The fastest of some matrix products and 1x1 convolutions, and a copy far larger than the caches."""
     cuda = device().type == 'cuda'
-    n = 8192 if cuda else 2048
+    n = 128 if quick else 8192 if cuda else 2048
     a = torch.randn(n, n, device=device(), dtype=dtype)
     image = torch.randn(8, 512, 32 if cuda else 28, 32 if cuda else 28, device=device(), dtype=dtype).contiguous(
         memory_format=torch.channels_last)
     weight = torch.randn(512, 512, 1, 1, device=device(), dtype=dtype)
-    source = torch.randn(1 << 28 if cuda else 1 << 26, device=device())
+    source = torch.randn(1 << (20 if quick else 28 if cuda else 26), device=device())
     target = torch.empty_like(source)
     seconds = medians(interleave({
         'matmul': lambda: a @ a, 'conv': lambda: F.conv2d(image, weight), 'copy': lambda: target.copy_(source)}, 15))
@@ -160,9 +160,9 @@ def predict(batch_size: int) -> dict[str, Any]:
 
 
 def measure(batch_size: int, dtype: torch.dtype, size: int = 224,
-            ceilings: dict[str, float] | None = None) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Measure the ceilings, if they are not given, and each execution against its floor."""
-    ceilings = ceilings or measure_ceilings(dtype)
+            quick: bool = False) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Measure the ceilings and each execution against its floor; quickly, where only the steps count."""
+    ceilings = measure_ceilings(dtype, quick)
     print(f'ceilings: {ceilings["flops"] / 1e9:.0f} GFLOP/s, {ceilings["bytes"] / 1e9:.1f} GB/s')
     rows = []
     for training in (False, True):

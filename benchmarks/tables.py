@@ -15,7 +15,7 @@ KEY = ('kind', 'execution', 'dtype', 'img_size', 'batch', 'model')
 DOCS = [Path(__file__).parents[1] / name for name in ('README.md', 'docs/performance.md')]
 # What the docs quote: kind, the model, its batch sizes.
 QUOTED = (('infer', 'se_densenet{} fused', (1, 4, 16)), ('train', 'se_densenet{} linear memory', (1, 4, 8, 16)))
-MARKS = re.compile(r'(<!-- throughput -->\n).*?(\n<!-- /throughput -->)', re.DOTALL)
+MARKS = re.compile(r'(<!-- throughput -->\n)(.*?)(\n<!-- /throughput -->)', re.DOTALL)
 
 
 def read(out: Path) -> list[dict[str, Any]]:
@@ -57,7 +57,7 @@ def _quoted(row: dict[str, Any] | None) -> str:
 def quote(rows: list[dict[str, Any]], file: Path) -> None:
     """Write the table between a file's marks, where it has them."""
     text = file.read_text()
-    new = MARKS.sub(lambda marks: marks[1] + quoted_table(rows) + marks[2], text)
+    new = MARKS.sub(lambda marks: marks[1] + quoted_table(rows) + marks[3], text)
     if new != text:
         replace_file(file, new)
 

@@ -76,13 +76,14 @@ class _FusedLayer(nn.Module):
 
 def _is_as_built(layer: Any) -> bool:
     """Tell whether `FusedDenseBlock` may compute a layer without calling its parts, as quickly as can be told."""
-    if type(layer) is not _FusedLayer or type(layer.conv1) is not NormConv or type(layer.conv2) is not nn.Conv2d:
+    parts = layer._modules  # not by attribute, which takes longer
+    norm_conv, conv2 = parts.get('conv1'), parts.get('conv2')
+    if type(layer) is not _FusedLayer or type(norm_conv) is not NormConv or type(conv2) is not nn.Conv2d:
         return False
-    norm_conv = layer.conv1
-    conv = norm_conv.conv
+    conv = norm_conv._modules['conv']
     return (
         type(conv) is nn.Conv2d and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0)
-        and conv.groups == 1 and type(conv.weight) in (nn.Parameter, torch.Tensor)
+        and conv.groups == 1 and type(conv._parameters.get('weight')) in (nn.Parameter, torch.Tensor)
         and not (layer._forward_hooks or layer._forward_pre_hooks or norm_conv._forward_hooks
                  or norm_conv._forward_pre_hooks or conv._forward_hooks or conv._forward_pre_hooks)
         and not ('forward' in vars(layer) or 'forward' in vars(norm_conv) or 'forward' in vars(conv)))
@@ -125,7 +126,7 @@ class FusedDenseBlock(nn.Module):
         return (
             not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x)
             and not has_global_hooks() and all(map(_is_as_built, layers))
-            and {layer.conv2.out_channels for layer in layers} == {self.growth_rate})
+            and all(layer._modules['conv2'].out_channels == self.growth_rate for layer in layers))
 
     @torch.jit.ignore
     def _forward_buffer(self, x: torch.Tensor) -> torch.Tensor:
