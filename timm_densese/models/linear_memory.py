@@ -173,8 +173,12 @@ class _Features:
         dtype = x_hat.dtype
         out = self._scratch_like(x_hat) if scratch else torch.empty(
             x_hat.shape, dtype=dtype, device=x_hat.device, memory_format=torch.channels_last)
-        torch.addcmul(_channels(bias, dtype), x_hat, _channels(weight, dtype), out=out)
-        return out.relu_()
+        return torch.addcmul(_channels(bias, dtype), x_hat, _channels(weight, dtype), out=out).relu_()
+
+    def read_again(self, channels: int, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Compute what `read` gave in forward, in memory that is used again."""
+        x_hat = self.x_hat[:, :channels]
+        return _affine_relu_again(x_hat, weight, bias, self._scratch_like(x_hat))
 
     def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
         if self.scratch is None:
@@ -221,13 +225,31 @@ def _channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.detach().to(dtype)[:, None, None]
 
 
+def _affine_relu_again(
+        x: torch.Tensor,
+        scale: torch.Tensor,
+        shift: torch.Tensor,
+        out: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """Compute relu(scale * x + shift) in backward, when forward has computed it already.
+
+    In types of 16 bits, negative numbers are those that are negative as integers, which a CPU compares six times as
+    fast. It makes numbers of some NaNs, which forward has given to the loss.
+    """
+    out = torch.addcmul(_channels(shift, x.dtype), x, _channels(scale, x.dtype), out=out)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        out.view(torch.int16).clamp_min_(0)
+        return out
+    return out.relu_()
+
+
 def _copy(bias: torch.Tensor) -> torch.Tensor:
     """Copy a bias: a plain batch norm does not need it in backward, so it may change until then."""
     return bias.detach().clone()
 
 
 def _conv(x: torch.Tensor, weight: torch.Tensor, conv: Any) -> torch.Tensor:
-    return F.conv2d(x, weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _conv_backward(
@@ -238,9 +260,9 @@ def _conv_backward(
         needs_weight: bool,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight.to(x.dtype), None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
+        grad, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
         [True, needs_weight, False])
-    return grad_x, grad_weight.to(weight.dtype) if needs_weight else None
+    return grad_x, grad_weight.to(conv.weight.dtype) if needs_weight else None
 
 
 class _Append(Function):
@@ -279,7 +301,8 @@ class _Layer(Function):
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor, features: _Features, layer: Any, *params: torch.Tensor) -> torch.Tensor:
         weight1, bias1, conv1, weight2, bias2, conv2 = params
-        channels = features.filled
+        channels, dtype = features.filled, features.x_hat.dtype
+        conv1, conv2 = conv1.to(dtype), conv2.to(dtype)
         _update_running_stats(layer.norm1, features.mean[:channels], features.var[:channels])
         bottleneck = _conv(features.read(channels, weight1, bias1, scratch=True), conv1, layer.conv1)
         norm2 = layer.norm2
@@ -296,14 +319,13 @@ class _Layer(Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         weight1, bias1, conv1, weight2, bias2, conv2, bottleneck, mean, invstd = ctx.saved_tensors
         features, layer, needs = ctx.features, ctx.layer, ctx.needs_input_grad
-        scale = (weight2 * invstd).to(bottleneck.dtype)
-        shift = (bias2 - mean * weight2 * invstd).to(bottleneck.dtype)
-        out = torch.addcmul(shift[:, None, None], bottleneck, scale[:, None, None]).relu_()
+        scale = weight2 * invstd
+        out = _affine_relu_again(bottleneck, scale, bias2 - mean * scale)
         grad, grad_conv2 = _conv_backward(grad, out, conv2, layer.conv2, needs[8])
         torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad)
         grad, grad_weight2, grad_bias2 = torch.ops.aten.native_batch_norm_backward(
             grad, bottleneck, weight2, None, None, mean, invstd, True, layer.norm2.eps, [True, needs[6], needs[7]])
-        out = features.read(ctx.channels, weight1, bias1, scratch=True)
+        out = features.read_again(ctx.channels, weight1, bias1)
         grad, grad_conv1 = _conv_backward(grad, out, conv1, layer.conv1, needs[5])
         grad_weight1, grad_bias1 = features.add_grad(grad, weight1, bias1, out)
         return (grad.new_zeros(()), None, None, grad_weight1, grad_bias1, grad_conv1, grad_weight2, grad_bias2,
@@ -337,7 +359,7 @@ class _Tail(Function):
         features = ctx.features
         x_hat, weight, bias = ctx.saved_tensors
         features.start_backward(x_hat, None)
-        out = features.read(features.filled, weight, bias, scratch=True)
+        out = features.read_again(features.filled, weight, bias)
         if ctx.pool:
             grad = torch.ops.aten.avg_pool2d_backward(
                 grad.contiguous(memory_format=torch.channels_last), out, [2, 2], [2, 2], [0, 0], False, True, None)
