@@ -57,7 +57,7 @@ def pair(model):
     """The same model, plain and in linear memory."""
     linear = copy.deepcopy(model)
     linear.set_grad_checkpointing()
-    assert blocks_are_linear(linear)
+    assert blocks_are_memory_efficient(linear)
     return model, linear
 
 
@@ -65,11 +65,11 @@ def blocks(model):
     return [m for m in model.modules() if isinstance(m, DenseBlock)]
 
 
-def blocks_are_linear(model):
+def blocks_are_memory_efficient(model):
     dtype = next(model.parameters()).dtype
     verdicts = set()
     for block in blocks(model):
-        verdicts.add(block.is_linear(torch.randn(2, block.denselayer1.conv1.in_channels, 8, 8, dtype=dtype)))
+        verdicts.add(block.is_memory_efficient(torch.randn(2, block.denselayer1.conv1.in_channels, 8, 8, dtype=dtype)))
     assert len(verdicts) == 1
     return verdicts.pop()
 
@@ -103,9 +103,9 @@ def test_gradients_are_the_plain_ones(kwargs):
 
 def test_ways_to_switch_it_on():
     model = create(memory_efficient=True)
-    assert blocks_are_linear(model)
+    assert blocks_are_memory_efficient(model)
     model.set_grad_checkpointing(False)
-    assert not blocks_are_linear(model)
+    assert not blocks_are_memory_efficient(model)
 
 
 @pytest.mark.parametrize('size', [64, 75])
@@ -138,11 +138,11 @@ def test_gradcheck(tail):
         for param in [*block.parameters(), *norm.parameters()]:
             param.add_(torch.randn_like(param) * .3)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    assert block.is_linear(x)
+    assert block.is_memory_efficient(x)
     params = [*block.parameters(), *(norm.parameters() if tail else ())]
 
     def run(x, *params):
-        return block.forward_linear(x, norm if tail else None, pool=tail == 'pool')
+        return block.forward_memory_efficient(x, norm if tail else None, pool=tail == 'pool')
 
     assert torch.autograd.gradcheck(run, (x, *params))
 
@@ -347,7 +347,7 @@ def test_steps_aside_exactly(make):
     """What is not a plain batch norm with ReLU runs as in timm, to the last bit."""
     torch.manual_seed(0)
     model = make()
-    assert not blocks_are_linear(model)
+    assert not blocks_are_memory_efficient(model)
     plain = copy.deepcopy(model)
     for block in blocks(plain):
         block.__class__ = densenet.DenseBlock
@@ -376,7 +376,7 @@ def test_norms_of_another_eps_step_aside():
     model = aside()
     for block in blocks(model):
         block.denselayer2.norm1.eps = 1e-3
-    assert not blocks_are_linear(model)
+    assert not blocks_are_memory_efficient(model)
 
 
 def test_single_pixels_raise_as_timms_do():
@@ -389,7 +389,7 @@ def test_scripting_tracing_and_no_gradient():
     model = aside(dtype=torch.float32)
     x = images(2, dtype=torch.float32)
     with torch.no_grad():
-        assert not blocks_are_linear(model)
+        assert not blocks_are_memory_efficient(model)
         traced = torch.jit.trace(model.eval(), x)
         assert relative_error(traced(x), model(x)) < 1e-6
     plain = create(dtype=torch.float32).eval()

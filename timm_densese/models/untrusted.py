@@ -108,9 +108,9 @@ def check_net_args(arch: str, args: Mapping[str, Any]) -> None:
                      if _NOT_NET_ARGS.match(str(name)) or not _is_plain(value))
     if refused:
         raise ModelConfigError(
-            f'The config.json for {arch} is refused, nothing was built from it: {", ".join(refused)} is not taken from '
-            f'a file. Ask whoever published it, or create the model yourself and load the weights with '
-            f'checkpoint_path.')
+            f'The arguments for {arch} that a file gives are refused, nothing was built from them: '
+            f'{", ".join(refused)} is not taken from a file. Ask whoever published it, or create the model '
+            f'yourself and load the weights with checkpoint_path.')
 
 
 def check_source(arch: str, cfg: Dict[str, Any], create: Callable[[], nn.Module]) -> None:
