@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import DenseNet
 
 from .checkpoints import split_source
-from .data.msld import MSLD_TERMS
+from .data.msld import MSLD_CITATION, MSLD_LICENSE, MSLD_LIMITS, MSLD_TERMS
 from .errors import PublishError
 from .metrics import format_metric
 from .models.se_densenet import default_cfgs
@@ -86,15 +86,6 @@ _CITATION = """\
   publisher = {GitHub},
   doi = {10.5281/zenodo.4414861},
   howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
-}
-```"""
-_MSLD_CITATION = """
-```bibtex
-@article{ali2022monkeypox,
-  title={Monkeypox Skin Lesion Detection Using Deep Learning Models: A Preliminary Feasibility Study},
-  author={Ali, Shams Nafisa and others},
-  journal={arXiv preprint arXiv:2207.03342},
-  year={2022}
 }
 ```"""
 
@@ -190,18 +181,13 @@ def finetune_card(
         'whatever it is shown.')
     if msld:
         limits += (
-            f' **It is no medical device and not for diagnosis.**\n\n{MSLD_TERMS}\n\nIts authors gathered the images '
-            f'from websites, news and published cases: 228 originals of 162 patients. Skin tone, age and body site are '
-            f'not recorded, so nothing tells for whom the scores hold. The other class is chickenpox and measles, and '
-            f'no healthy skin.')
+            f' **It is no medical device and not for diagnosis.**\n\n{MSLD_TERMS}\n\n{MSLD_LIMITS}')
     else:
         limits += ' Where the images are medical: it is no medical device and not for diagnosis.'
     options = '\n'.join(f'- {name}: {_plain(recipe[name])}' for name in _RECIPE if recipe.get(name) not in (None, ''))
     training = f'Started from {start}. {trained}\n\n{options}'.strip()
     data = ModelCardData(
-        license='other' if msld else cfg.get('license') or 'apache-2.0',
-        license_name='msld-research-only' if msld else None,
-        license_link='https://arxiv.org/abs/2207.03342' if msld else None,
+        **(MSLD_LICENSE if msld else {'license': cfg.get('license') or 'apache-2.0'}),
         library_name='timm', pipeline_tag='image-classification',
         tags=['image-classification', 'timm', *(_TAGS if arch in default_cfgs else ()), *(['medical'] if msld else [])],
         base_model=base, datasets=['imagenet-1k'] if base else None, model_name=repo_id.split('/')[-1],
@@ -211,7 +197,7 @@ def finetune_card(
     return _card(
         data, repo_id.split('/')[-1],
         f'{_describe(model)}, fine-tuned to {model.num_classes} classes: {classes}.', meta, f'hf-hub:{repo_id}',
-        True, label_names, limits, training, metrics, '', _MSLD_CITATION if msld else '')
+        True, label_names, limits, training, metrics, '', MSLD_CITATION if msld else '')
 
 
 def _describe(model: Any) -> str:

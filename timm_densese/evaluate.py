@@ -1,13 +1,13 @@
 """Scores that can be trusted: with intervals by patient, calibration, leaks told, and one page that shows them."""
-import csv
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Union
 
 import numpy as np
 from timm.data import ImageNetInfo
 
 from .checkpoints import Checkpoint, load_model, short_name
 from .data.images import list_images
+from .data.splits import read_split
 from .errors import ImagesError
 from .files import check_new_folder, new_folder, sha256
 from .metrics import (
@@ -208,32 +208,13 @@ def _run_split(
                           f'{next(iter(found.errors.values()))}.')
     good = [paths[i] for i in found.indices]
     hashes = [sha256(path) for path in good]
-    known = {digest: int(row['group']) for row in _split_table(data)[0] for digest in _row_hashes(row)}
+    known = read_split(data).groups()
     # An image that the table does not know is a group of its own.
-    groups = [known.get(digest, -1 - i) for i, digest in enumerate(hashes)]
+    groups = [int(known.get(digest, -1 - i)) for i, digest in enumerate(hashes)]
     return _Scored(
         good, labels[found.indices],
         found.values.double().numpy(), np.unique(groups, return_inverse=True)[1], hashes,
         {str(paths[i].relative_to(data)): error for i, error in found.errors.items()})
-
-
-def _split_table(data: Path) -> Tuple[List[Dict[str, str]], str]:
-    """Rows of the split.csv that tells of a split, a fold, or a folder in one of them, and the column of its splits."""
-    data = data.resolve()
-    above = data.parent
-    for file, column in ((data / 'split.csv', 'split'), (above / 'split.csv', data.name),
-                         (above / 'split.csv', 'split'), (above.parent / 'split.csv', above.name)):
-        if file.is_file():
-            with open(file, newline='') as table:
-                rows = list(csv.DictReader(table))
-            if rows and {'sha256', 'group', column} <= set(rows[0]):
-                return rows, column
-    return [], ''
-
-
-def _row_hashes(row: Dict[str, str]) -> Set[str]:
-    """Hashes of an image as it was and as the split stored it."""
-    return {row[column] for column in ('sha256', 'stored_sha256') if row.get(column)}
 
 
 def _leaks(scored: _Scored, data: Path, recipe: Dict[str, Any]) -> List[str]:
@@ -243,15 +224,15 @@ def _leaks(scored: _Scored, data: Path, recipe: Dict[str, Any]) -> List[str]:
     hashes: Set[str] = set()
     groups: Set[int] = set()
     for folder in {Path(f).resolve() for f in (data, trained_on) if f and Path(f).is_dir()}:
-        rows, column = _split_table(folder)
-        train = [row for row in rows if row[column] in ('train', trained_split)]
-        hashes |= {digest for row in train for digest in _row_hashes(row)}
+        table = read_split(folder)
+        trained = table.hashes('train', trained_split)
+        hashes |= trained
         # Also what is in no table, or was put there since.
         for name in {'train', trained_split}:
             if (folder / name).is_dir():
                 hashes |= {sha256(path) for path, _ in list_images(folder / name).samples}
-        known = {digest: row['group'] for row in rows for digest in _row_hashes(row)}
-        train_groups = {row['group'] for row in train}
+        known = table.groups()
+        train_groups = {known[digest] for digest in trained}
         groups |= {i for i, digest in enumerate(scored.hashes) if known.get(digest) in train_groups}
     shared = sum(digest in hashes for digest in scored.hashes)
     warnings = []

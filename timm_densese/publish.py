@@ -1,8 +1,6 @@
 """Publishes trained models on the Hugging Face Hub, with their card."""
-import csv
 import json
 import tempfile
-from importlib import resources
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence
 
@@ -15,6 +13,8 @@ from timm.models import save_for_hf
 
 from .cards import finetune_card, registered_card
 from .checkpoints import Checkpoint, load_model
+from .data.msld import is_msld
+from .data.splits import read_split
 from .errors import PublishError, hub_errors
 from .files import check_new_folder, new_folder, replace_file
 from .metrics import check_weights, read_metrics
@@ -22,16 +22,9 @@ from .metrics import check_weights, read_metrics
 __all__ = ['publish', 'write_card']
 
 
-def _is_msld(data: Optional[Path], recipe: Dict[str, Any]) -> bool:
-    """Tell whether the images of a split are MSLD's, by their hashes in split.csv."""
-    root = data or recipe.get('data_dir') or recipe.get('data') or ''
-    table = Path(root) / 'split.csv'
-    if not root or not table.is_file():
-        return False
-    manifest = resources.files(__package__).joinpath('data', 'msld.csv').read_text()
-    known = {row['sha256'] for row in csv.DictReader(manifest.splitlines())}
-    with open(table, newline='') as file:
-        return any(row.get('sha256') in known for row in csv.DictReader(file))
+def _trained_on_msld(data: Optional[Path], recipe: Dict[str, Any]) -> bool:
+    root = data or recipe.get('data_dir') or recipe.get('data')
+    return bool(root) and is_msld(read_split(Path(str(root))).hashes())
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -53,7 +46,7 @@ def _checkpoint_card(repo_id: str, loaded: Checkpoint, data: Optional[Path], met
                                f'{loaded.label_names}.')
     return str(finetune_card(
         repo_id, loaded.model, loaded.label_names, loaded.data_config, loaded.recipe, loaded.trained,
-        _is_msld(data, loaded.recipe), results))
+        _trained_on_msld(data, loaded.recipe), results))
 
 
 def write_card(
