@@ -5,6 +5,8 @@ import csv
 import io
 import multiprocessing
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -89,20 +91,37 @@ def run_cli(*args) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
-def _run_alone(args, env) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+def _run_alone(args, env, stdout, stderr) -> None:
+    for name, file, descriptor in (('stdout', stdout, 1), ('stderr', stderr, 2)):
+        if file:
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+            setattr(sys, name, open(descriptor, 'w', closefd=False))  # noqa: SIM115  as Python does at its start
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server's processes ignore
     torch.set_num_threads(1)
     sys.exit(main(args))
 
 
-def start_cli(*args, **env) -> multiprocessing.Process:
+def start_cli(*args, stdout='', stderr=os.devnull, **env) -> multiprocessing.Process:
     """Start a command in a process that can be killed. It is forked from one that has imported everything."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['timm_densese.training', 'timm_densese.cli', 'torch.utils.tensorboard'])
-    process = context.Process(target=_run_alone, args=([str(arg) for arg in args], env))
+    process = context.Process(target=_run_alone, args=([str(arg) for arg in args], env, str(stdout), str(stderr)))
     process.start()
     return process
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """An empty folder that is a file system of its own, of 1.5 MB."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs', str(folder)], capture_output=True,
+                             text=True) if shutil.which('mount') else None
+    if mounted is None or mounted.returncode:
+        pytest.skip(f'a small file system is missing: mount -t tmpfs failed ({mounted and mounted.stderr.strip()})')
+    yield folder
+    subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
 # Trainings.

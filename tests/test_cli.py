@@ -1,13 +1,15 @@
 """The command line, the demo and the README, run as a new user would."""
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import timm
-from conftest import put_on_hub, run_cli
+from conftest import put_on_hub, run_cli, start_cli
 from PIL import Image
 
 from timm_densese.demo import generate_images
@@ -57,6 +59,75 @@ def test_demo_on_generated_images_without_a_hub(tmp_path):
     before, after = re.search(r': ([\d.]+)% before, ([\d.]+)% after', result.stdout).groups()
     assert float(after) > float(before) - 10
     assert (tmp_path / 'out' / 'training' / 'model_best.pth.tar').is_file()
+
+
+def test_the_demo_writes_over_nothing_but_a_demo(tmp_path):
+    """A folder with files, the data's own, one in it, one around it; an earlier demo's is taken."""
+    data = tmp_path / 'photos' / 'images'
+    generate_images(data, per_class=1, size=32)
+    (tmp_path / 'demo').mkdir()
+    (tmp_path / 'demo' / '.timm-densese-demo').touch()
+    (tmp_path / 'demo' / 'images').mkdir()
+    (tmp_path / 'demo' / 'images' / 'old.txt').write_text('of a demo')
+    before = sorted(tmp_path.rglob('*'))
+    for output in (tmp_path / 'photos', data, data / 'demo', tmp_path):
+        result = run_cli('demo', '--data', data, '--output', output)
+        assert result.returncode == 2
+        assert f'--output {output}' in result.stderr
+    assert run_cli('demo', '--output', tmp_path / 'photos').returncode == 2
+    assert sorted(tmp_path.rglob('*')) == before
+    result = run_cli('demo', '--data', data, '--output', tmp_path / 'demo')  # refused for its few images, later
+    assert result.returncode == 1
+    assert not (tmp_path / 'demo' / 'images').exists()
+
+
+@pytest.mark.parametrize('args', [('train', '--help'), ('predict', 'MODEL', 'IMAGES', '--json')])
+def test_a_closed_pipe_is_no_error(trained, tmp_path, args):
+    """As `| head` closes it, here before anything is written."""
+    names = {'MODEL': trained[1], 'IMAGES': trained[0] / 'test'}
+    os.mkfifo(tmp_path / 'pipe')
+    process = start_cli(*(names.get(arg, arg) for arg in args), stdout=tmp_path / 'pipe', stderr=tmp_path / 'stderr')
+    os.close(os.open(tmp_path / 'pipe', os.O_RDONLY))
+    process.join(120)
+    said = (tmp_path / 'stderr').read_text()
+    assert process.exitcode in (0, 141), said  # argparse itself takes no notice
+    assert 'rror' not in said
+    assert 'Exception' not in said
+
+
+def test_ctrl_c_is_one_line(trained, tmp_path):
+    process = start_cli('predict', trained[1], *[trained[0] / 'train'] * 3, '-b', 1, stderr=tmp_path / 'stderr')
+    while 'image' not in ((tmp_path / 'stderr').read_text() if (tmp_path / 'stderr').exists() else ''):
+        assert process.is_alive()
+        time.sleep(.005)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    said = (tmp_path / 'stderr').read_text()
+    assert said.splitlines()[-1].startswith('timm-densese: stopped.')
+    assert 'Traceback' not in said
+
+
+def test_a_module_with_a_model_of_ones_own(small_split, tmp_path, monkeypatch):
+    """Trained and used through --device-modules, from the current folder; without it, the message names it."""
+    (tmp_path / 'my_models.py').write_text("""
+import timm
+from timm.models import register_model
+
+
+@register_model
+def my_own_net(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+    return timm.create_model('resnet10t', **kwargs)
+""")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', [path for path in sys.path if path])
+    args = ('train', small_split, '--output', tmp_path / 'run', '--model', 'my_own_net', '--img-size', 32,
+            '--epochs', 1, '--workers', 0)
+    result = run_cli(*args)
+    assert result.returncode == 2
+    assert '--device-modules' in result.stderr
+    assert run_cli(*args, '--device-modules', 'my_models').returncode == 0
+    assert (tmp_path / 'run' / 'model_best.pth.tar').is_file()
 
 
 def test_demo_needs_two_classes(tmp_path):

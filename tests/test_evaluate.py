@@ -119,6 +119,30 @@ def test_leaks_are_told(trained, tmp_path):
     assert any('cannot be excluded' in w for w in found['warnings'])
 
 
+def test_leaks_are_found_whatever_the_split_is_called_and_where_no_table_lists_the_images(trained, tmp_path):
+    rng = np.random.default_rng(0)
+
+    def picture():
+        return Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).resize((96, 96))
+
+    for split in ('Train', 'test'):
+        for label in ('spots', 'stripes'):
+            (tmp_path / 'data' / split / label).mkdir(parents=True)
+            for i in range(3):
+                picture().save(tmp_path / 'data' / split / label / f'{i}.png')
+    saved = torch.load(trained[1], weights_only=False)
+    saved['args'].data_dir, saved['args'].train_split = str(tmp_path / 'data'), 'Train'
+    torch.save(saved, tmp_path / 'model.pth.tar')
+    told = run(trained, tmp_path / 'a', tmp_path / 'model.pth.tar', tmp_path / 'data')['warnings']
+    assert not any('LEAK' in w or 'cannot be excluded' in w for w in told)
+    source = Image.open(tmp_path / 'data' / 'Train' / 'spots' / '1.png')
+    source.rotate(10).save(tmp_path / 'data' / 'test' / 'spots' / 'turned.jpg')
+    shutil.copy(tmp_path / 'data' / 'Train' / 'spots' / '2.png', tmp_path / 'data' / 'test' / 'spots' / 'same.png')
+    told = run(trained, tmp_path / 'b', tmp_path / 'model.pth.tar', tmp_path / 'data')['warnings']
+    assert any('LEAK: 1 of the 8 images were trained on' in w for w in told)
+    assert any('LEAK: 1 of the 8 images show pictures that were trained on' in w for w in told)
+
+
 def test_converted_images_are_known_by_split_csv(trained, tmp_path):
     from timm_densese.data.splits import split_images
     from timm_densese.demo import generate_images

@@ -56,7 +56,7 @@ def test_grad_cam_of_others(name):
 
 
 @pytest.mark.parametrize('placement', SE_PLACEMENTS)
-def test_every_gate_of_a_transferred_model_reads_a_half(placement):
+def test_every_gate_reads_one_at_its_start(placement):
     densenet = trained_densenet('densenet121', **SMALL)
     model = timm.create_model('se_densenet121', se_placement=placement, **SMALL).eval()
     model.load_state_dict(densenet.state_dict())
@@ -64,7 +64,7 @@ def test_every_gate_of_a_transferred_model_reads_a_half(placement):
     assert list(gates) == list(model.attn_sites)
     for name, values in gates.items():
         assert values.shape[0] == 2, name
-        assert torch.equal(values, torch.full_like(values, .5)), name
+        assert torch.equal(values, torch.ones_like(values)), name
 
 
 @pytest.mark.parametrize('attn_layer', ATTN_LAYERS)
@@ -82,6 +82,15 @@ def test_gates_are_what_channels_are_multiplied_by(attn_layer):
         torch.testing.assert_close(gates[:, :, None, None] * x, y, rtol=1e-4, atol=1e-5)
     assert gates.isfinite().all()
     assert gates.shape == (2, model.num_features)
+    model.features.denseblock3.register_forward_hook(lambda module, args, output: output * 0)
+    assert read_gates(model, torch.zeros(1, 3, 64, 64))['features.se3'].isfinite().all()  # black, to the gates too
+
+
+def test_gates_of_another_net():
+    model = timm.create_model('with_attention', base='resnet18').eval()
+    gates = read_gates(model, torch.randn(2, 3, 64, 64))
+    assert {site: tuple(values.shape) for site, values in gates.items()} == {
+        'layer1.se': (2, 64), 'layer2.se': (2, 128), 'layer3.se': (2, 256), 'layer4.se': (2, 512)}
 
 
 @pytest.mark.parametrize(('crop_mode', 'crop_pct'), [('center', 1.), ('center', .875), ('squash', .9), ('border', 1.)])

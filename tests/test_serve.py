@@ -30,11 +30,11 @@ def browser(tmp_path_factory):
 
 
 @contextmanager
-def serving(model, *args, port=7897):
+def serving(model, *args, port=7897, **env):
     process = subprocess.Popen(
         [sys.executable, '-m', 'timm_densese', 'serve', str(model), '--port', str(port), *args],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', 'BROWSER': 'true'})
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', 'BROWSER': 'true', **env})
     try:
         said = []
         for line in process.stdout:
@@ -88,7 +88,7 @@ def test_the_page_predicts_and_refuses(browser, trained, tmp_path):
         text = wait_for(lambda: re.search(r'(spots|stripes)\s+(\d+)%', browser.find_element(By.ID, 'prediction').text))
         assert int(text[2]) >= 50
         cam = wait_for(lambda: browser.find_element(By.CSS_SELECTOR, '#cam img'))
-        wait_for(lambda: cam.get_property('naturalWidth') == 64)
+        wait_for(lambda: cam.get_property('naturalWidth') == 96)
         wait_for(lambda: browser.find_element(By.CSS_SELECTOR, '#gates img').get_property('naturalWidth') > 300)
         browser.save_screenshot(str(tmp_path / 'page.png'))
         assert Image.open(tmp_path / 'page.png').convert('L').getextrema() != (255, 255)
@@ -109,9 +109,12 @@ def test_the_page_predicts_and_refuses(browser, trained, tmp_path):
 
 @pytest.mark.slow
 def test_a_port_that_is_taken(trained):
-    with serving(trained[1], port=7898):
-        result = subprocess.run([sys.executable, '-m', 'timm_densese', 'serve', str(trained[1]), '--port', '7898'],
+    """By another page, which works behind a proxy; --host is warned of."""
+    with serving(trained[1], port=7898, HTTP_PROXY='http://127.0.0.1:9', http_proxy='http://127.0.0.1:9'):
+        result = subprocess.run([sys.executable, '-m', 'timm_densese', 'serve', str(trained[1]), '--port', '7898',
+                                 '--host', '0.0.0.0'],
                                 capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert result.returncode == 1
     assert 'Choose another --port' in result.stderr
+    assert 'WARNING: --host 0.0.0.0 opens the page to everybody' in result.stderr
     assert 'Traceback' not in result.stderr

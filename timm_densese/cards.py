@@ -88,7 +88,6 @@ _CITATION = """\
   howpublished = {\\url{https://github.com/huggingface/pytorch-image-models}}
 }
 ```"""
-
 _TAGS = ('densenet', 'squeeze-and-excitation')
 # Names of metrics on the Hub, where they are other than ours.
 _METRIC_TYPES = {'auroc': 'roc_auc', 'auprc': 'average_precision'}

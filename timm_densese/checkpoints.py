@@ -18,7 +18,7 @@ from timm.models import clean_state_dict, get_pretrained_cfg, is_model
 from .data.images import list_images
 from .errors import CheckpointError, CheckpointFileError, CheckpointMismatchError, ModelNotFoundError, hub_errors
 from .models.se_densenet import default_cfgs
-from .models.untrusted import check_model_args, read_checkpoint
+from .models.untrusted import check_model_args, check_net_args, read_checkpoint
 
 __all__ = ['Checkpoint', 'choose_device', 'find_weights', 'load_model', 'short_name', 'split_source']
 
@@ -300,8 +300,7 @@ def _create(file: Path, arch: str, kwargs: Dict[str, Any], state_dict: Dict[str,
         weight = state_dict.get(f'{layer[0]}.weight') if layer else None
         if weight is not None and (axis == 0 or (weight.ndim == 4 and (weight.shape[1] != 3 or key in kwargs))):
             kwargs = {**kwargs, key: weight.shape[axis]}
-    if arch in default_cfgs:
-        check_model_args(arch, kwargs)
+    (check_model_args if arch in default_cfgs else check_net_args)(arch, kwargs)
     try:
         net = timm.create_model(arch, **kwargs)
     except CheckpointError:

@@ -71,22 +71,29 @@ def main(argv: Optional[List[str]] = None) -> int:
     _add_card(commands)
     _add_train(commands)
     try:
+        try:
+            return _run(parser, argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(parser: argparse.ArgumentParser, argv: Optional[List[str]]) -> int:
+    try:
         args = parser.parse_args(argv)
         for module in getattr(args, 'device_modules', None) or []:
             options.check('--device-modules', options.ModuleName(), module)
-        status = args.run(args) or 0
-        sys.stdout.flush()
-        return status
+        return args.run(args) or 0
     except UserError as e:
         print(f'timm-densese: {e}', file=sys.stderr)
         return 2 if isinstance(e, OptionError) else 1
     except KeyboardInterrupt as e:
+        sys.unraisablehook = lambda _: None  # torch's loaders complain when they were stopped half-made
         print(f'\ntimm-densese: stopped. {e or "Nothing half-done is left: run the same command again."}',
               file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except ModuleNotFoundError as e:
         extra = _EXTRAS.get((e.name or '').split('.')[0])
         if extra is None:
@@ -271,13 +278,16 @@ def _add_calibration(parser: Any) -> None:
 def _add_serve(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .serve import serve
-        serve(model=_load_model(args), calibration=args.calibration, device=args.device, port=args.port)
+        serve(model=_load_model(args), calibration=args.calibration, device=args.device, port=args.port,
+              host=args.host)
 
     parser = commands.add_parser('serve', help='open a local web page to try a model')
     _add_model(parser)
     _add_calibration(parser)
+    parser.add_argument('--host', default='127.0.0.1',
+                        help='address to listen on (%(default)s); 0.0.0.0 for all, in a container')
     parser.add_argument('--port', type=options.Number(int, least=1, most=65535), default=7860,
-                        help='port on 127.0.0.1 (%(default)s)')
+                        help='port (%(default)s)')
     parser.set_defaults(run=run)
 
 

@@ -11,6 +11,8 @@ from timm.data import create_transform, resolve_data_config
 
 from .checkpoints import find_weights
 from .data.splits import split_images
+from .errors import OptionError
+from .files import check_writable
 from .training import TrainConfig, train
 
 __all__ = ['generate_images', 'run_demo']
@@ -24,15 +26,15 @@ def run_demo(data: Optional[Path], output: Path) -> None:
 
     Args:
         data: Folder with a folder of images for each class, or None for a small generated set.
-        output: Folder that gets the images split, the weights and the checkpoints. What an earlier demo left there
-            is replaced.
+        output: Folder that gets the images split, the weights and the checkpoints: new, empty, or an earlier demo's,
+            whose files are replaced.
 
     Raises:
+        OptionError: `output` holds something else, or `data`, or lies in it.
         SplitError: `data` does not hold two classes of images.
     """
+    _claim(output, data)
     torch.manual_seed(0)
-    for name in ('generated', 'images', 'training'):
-        shutil.rmtree(output / name, ignore_errors=True)
 
     # Images, split so that no patient is on both sides.
     if data is None:
@@ -72,6 +74,23 @@ def run_demo(data: Optional[Path], output: Path) -> None:
         transform: Any = create_transform(**config)
         probability, index = loaded(transform(file.convert('RGB'))[None]).softmax(1).max(1)
     print(f'Reloaded, it says of {path}: {classes[index.item()]} ({probability.item():.0%}).')
+
+
+def _claim(output: Path, data: Optional[Path]) -> None:
+    """Take a folder for the demo, and empty it where it is an earlier demo's."""
+    check_writable(output, '--output')
+    if data is not None:
+        images, here = data.resolve(), output.resolve()
+        if images == here or images in here.parents or here in images.parents:
+            raise OptionError(f'--output {output}: give a folder outside of --data {data}.')
+    mark = output / '.timm-densese-demo'
+    if output.exists() and not mark.is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise OptionError(f'--output {output} holds files that no demo wrote. Choose a new folder.')
+    output.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    for name in ('generated', 'images', 'training'):
+        if (output / name).is_dir():
+            shutil.rmtree(output / name)
 
 
 def generate_images(root: Path, per_class: int = 60, size: int = 128, seed: int = 0) -> None:

@@ -1,4 +1,5 @@
 """Scores that can be trusted: with intervals by patient, calibration, leaks told, and one page that shows them."""
+import re
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Set, Union
 
@@ -6,7 +7,9 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from .checkpoints import Checkpoint, load_model, short_name
-from .data.images import list_images
+from .data.duplicates import find_copies
+from .data.images import list_images, read_image
+from .data.msld import MSLD_PATIENT, is_msld
 from .data.splits import read_split
 from .errors import ImagesError
 from .files import check_new_folder, new_folder, sha256
@@ -26,6 +29,8 @@ from .predict import compute_logits
 from .report import draw_figures, write_page
 
 __all__ = ['evaluate']
+
+_MOST_COMPARED = 20_000  # images that are compared in a few minutes
 
 
 def evaluate(
@@ -208,9 +213,9 @@ def _run_split(
                           f'{next(iter(found.errors.values()))}.')
     good = [paths[i] for i in found.indices]
     hashes = [sha256(path) for path in good]
-    known = read_split(data).groups()
+    known = {digest: int(group) for digest, group in read_split(data).groups().items()}
     # An image that the table does not know is a group of its own.
-    groups = [int(known.get(digest, -1 - i)) for i, digest in enumerate(hashes)]
+    groups = [known.get(digest, -1 - i) for i, digest in enumerate(hashes)]
     return _Scored(
         good, labels[found.indices],
         found.values.double().numpy(), np.unique(groups, return_inverse=True)[1], hashes,
@@ -218,32 +223,66 @@ def _run_split(
 
 
 def _leaks(scored: _Scored, data: Path, recipe: Dict[str, Any]) -> List[str]:
-    """What the scored images share with those trained on: their bytes, and the groups of split.csv."""
-    trained_split = str(recipe.get('train_split') or 'train')
+    """What the scored images share with those trained on: bytes, groups of split.csv, pictures, MSLD's patients."""
+    splits = {'train', str(recipe.get('train_split') or 'train')}
     trained_on = recipe.get('data_dir') or recipe.get('data')
     hashes: Set[str] = set()
-    groups: Set[int] = set()
+    listed: Set[str] = set()
+    grouped: Set[int] = set()
+    files: Dict[str, Path] = {}
     for folder in {Path(f).resolve() for f in (data, trained_on) if f and Path(f).is_dir()}:
         table = read_split(folder)
-        trained = table.hashes('train', trained_split)
-        hashes |= trained
+        groups = table.groups()
+        train = {digest for split in splits for digest in table.hashes(split)}
+        train_groups = {groups[digest] for digest in train}
+        grouped |= {i for i, digest in enumerate(scored.hashes) if groups.get(digest) in train_groups}
+        listed |= groups.keys()
+        hashes |= train
         # Also what is in no table, or was put there since.
-        for name in {'train', trained_split}:
-            if (folder / name).is_dir():
-                hashes |= {sha256(path) for path, _ in list_images(folder / name).samples}
-        known = table.groups()
-        train_groups = {known[digest] for digest in trained}
-        groups |= {i for i, digest in enumerate(scored.hashes) if known.get(digest) in train_groups}
-    shared = sum(digest in hashes for digest in scored.hashes)
+        files.update({sha256(path): path for split in splits if (folder / split).is_dir()
+                      for path, _ in list_images(folder / split).samples})
+    hashes |= files.keys()
+    shared = {i for i, digest in enumerate(scored.hashes) if digest in hashes}
+    unlisted = [i for i, digest in enumerate(scored.hashes) if digest not in listed and digest not in hashes]
+    compared = len(unlisted) + len(files)
+    copies = set() if compared > _MOST_COMPARED else {
+        unlisted[i] for i in _copies([scored.paths[i] for i in unlisted], list(files.values()))}
+    if is_msld(hashes | listed):
+        patients = {match[1] for path in files.values() if (match := re.search(MSLD_PATIENT, path.name))}
+        grouped |= {i for i in unlisted if (match := re.search(MSLD_PATIENT, scored.paths[i].name))
+                    and match[1] in patients}
     warnings = []
-    if shared:
-        warnings.append(f'LEAK: {shared} of the {len(scored.paths)} images were trained on. These scores are no test.')
-    elif groups:
-        warnings.append(f'LEAK: {len(groups)} of the {len(scored.paths)} images are of patients or groups trained on. '
-                        f'These scores are no test.')
+    if unlisted and compared > _MOST_COMPARED:
+        warnings.append(f'Copies of images trained on were not looked for among {compared} images, only their bytes.')
+    for found, what in ((shared, 'were trained on'), (copies - shared, 'show pictures that were trained on'),
+                        (grouped - shared - copies, 'are of patients or groups trained on')):
+        if found:
+            warnings.append(f'LEAK: {len(found)} of the {len(scored.paths)} images {what}. These scores are no test.')
     if not hashes:
         warnings.append('It is not known which images were trained on, so a leak cannot be excluded.')
     return warnings
+
+
+def _copies(paths: List[Path], trained_on: List[Path]) -> Set[int]:
+    """Places in `paths` of the images that show a picture of those trained on."""
+    if not paths or not trained_on:
+        return set()
+    readable = [path for path in trained_on if _is_readable(path)]
+    pairs = [(copy.first, copy.second) for copy in find_copies([*paths, *readable]).pairs]
+    reached = set(range(len(paths), len(paths) + len(readable)))
+    before = 0
+    while len(reached) > before:  # a copy of a copy is one, too
+        before = len(reached)
+        reached |= {i for pair in pairs if reached & set(pair) for i in pair}
+    return {i for i in reached if i < len(paths)}
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        read_image(path)
+    except Exception:  # PIL's decoders raise whatever they meet
+        return False
+    return True
 
 
 def _print(results: Dict[str, Any], output: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
@@ -22,11 +23,12 @@ from .checkpoints import Checkpoint, load_model
 from .data.images import find_images, read_image
 from .errors import CheckpointError, ImagesError
 from .files import check_new_folder, new_folder
+from .models.attention import IdentityGate
 from .predict import load_batches
 
 __all__ = ['draw_gates', 'explain', 'grad_cam', 'overlay', 'read_gates']
 
-_SATURATED, _DEAD = .95, .05
+_SATURATED, _DEAD = 1.9, .1  # a gate lies between 0 and 2, and 1 leaves its channel as it is
 _SITES_SHOWN = 9
 _MAX_SIDE = 1024
 
@@ -121,27 +123,27 @@ def _seen(size: Tuple[int, int], data_config: Dict[str, Any]) -> Tuple[float, fl
 def _recorded_gates(model: Any) -> Iterator[Dict[str, torch.Tensor]]:
     """Record the gates of each attention, (B, C), in the forward passes inside."""
     gates: Dict[str, torch.Tensor] = {}
+    read: Dict[str, List[torch.Tensor]] = {name: [] for name in model.attn_sites}
 
-    def record(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            # The factor from input to output, by least squares over the positions: of a channel gate, the gate.
-            x, y = args[0].double(), output.double()
-            energy = (x * x).sum((2, 3))
-            # Where a channel is zero everywhere, whatever factor leaves it as it is.
-            gates[name] = torch.where(energy > 0, (x * y).sum((2, 3)) / energy, 1.).cpu()
-        return hook
+    def record_gate(module: nn.Module, args: Any, output: torch.Tensor, name: str) -> None:
+        read[name].append(output.double().flatten(1).cpu())
 
-    def record_gate(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            gates[name] = output.double().flatten(1).cpu()
-        return hook
+    def record(module: nn.Module, args: Any, output: torch.Tensor, name: str) -> None:
+        x, y = args[0].double(), output.double()
+        power = (x * x).sum((2, 3))
+        # Without one gate a channel: the factor from input to output, by least squares over the positions. What is
+        # zero everywhere is left as it is.
+        factor = torch.where(power > 0, (x * y).sum((2, 3)) / power.clamp_min(1e-300), 1.).cpu()
+        one_gate = len(read[name]) == 1 and read[name][0].shape == factor.shape
+        gates[name] = read[name][0] if one_gate else factor
+        read[name].clear()
 
     handles = []
     for name in model.attn_sites:
         attn = model.get_submodule(name)
-        # timm's SEModule ends in its gate. Others differ in how theirs is applied, so that it is measured.
-        handles.append(attn.gate.register_forward_hook(record_gate(name)) if type(attn).__name__ == 'SEModule' else
-                       attn.register_forward_hook(record(name)))
+        handles.append(attn.register_forward_hook(partial(record, name=name)))
+        if isinstance(getattr(attn, 'gate', None), IdentityGate):
+            handles.append(attn.gate.register_forward_hook(partial(record_gate, name=name)))
     try:
         yield gates
     finally:
@@ -154,12 +156,12 @@ def read_gates(model: Any, images: torch.Tensor) -> Dict[str, torch.Tensor]:
     """Read what each attention multiplies its channels by.
 
     Args:
-        model: SE-DenseNet in eval mode, not fused.
+        model: A model with attention of this package in eval mode, not fused.
         images: (B, C, H, W).
 
     Returns:
-        Gates (B, channels) in float64 by the attention's name in the model. For attentions with a gate for each
-        position, too, its mean, weighted by the squared features.
+        Gates (B, channels) in float64 by the attention's name in the model, 1 where a channel is left as it is. For
+        attentions with a gate for each position, its mean, weighted by the squared features.
     """
     with _recorded_gates(model) as gates:
         model(images)
@@ -329,12 +331,13 @@ def draw_gates(gates: Dict[str, Dict[str, np.ndarray]], before: Optional[Dict[st
     for ax, (site, by_class) in zip(axes.flat, gates.items(), strict=False):
         if before and site in before:
             ax.plot(before[site], color='gray', lw=1, label='before')
+        ax.axhline(1, color='black', lw=.8, ls=':')
         for label, values in by_class.items():
             if len(by_class) == 1:
-                ax.bar(range(len(values)), values, width=1, label=label[:24])
+                ax.bar(range(len(values)), values - 1, bottom=1, width=1, label=label[:24])
             else:
                 ax.plot(values, lw=.8, label=label[:24])
-        ax.set(title=site, xlabel='channel', ylabel='mean gate', ylim=(0, 1))
+        ax.set(title=site, xlabel='channel', ylabel='mean gate', ylim=(0, 2))
         ax.title.set_fontsize(9)
     axes.flat[0].legend(fontsize=7)
     return figure

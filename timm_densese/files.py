@@ -59,7 +59,7 @@ def check_new_file(file: Path, option: str) -> None:
     """
     if file.is_dir():
         raise OptionError(f'{option} {file} is a folder: give a file.')
-    check_writable(file.parent, option)
+    check_writable(file.parent if file.exists() else file, option)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tqdm import tqdm  # comes with huggingface_hub
 from .checkpoints import Checkpoint, load_model
 from .data.images import find_images, read_image
 from .errors import CheckpointError, UserError
-from .files import replace_file
+from .files import check_new_file, replace_file
 from .metrics import read_temperature
 
 __all__ = ['Logits', 'compute_logits', 'create_image_transform', 'load_batches', 'predict', 'predict_files']
@@ -221,8 +221,8 @@ def predict_files(
     """
     if output and output.suffix.lower() != '.csv':
         raise UserError(f'--output {output} is written as CSV: name it .csv. JSON is printed: --json > FILE.')
-    if output and output.is_dir():
-        raise UserError(f'--output {output} is a folder: give the name of a CSV file in it.')
+    if output:
+        check_new_file(output, '--output')
     loaded = load_model(model, device)
     temperature = read_temperature(calibration, loaded.hash_weights())
     rows = predict(loaded, images, top_k=top_k, temperature=temperature, batch_size=batch_size, workers=workers)

@@ -22,9 +22,10 @@ from .metrics import check_weights, read_metrics
 __all__ = ['publish', 'write_card']
 
 
-def _trained_on_msld(data: Optional[Path], recipe: Dict[str, Any]) -> bool:
-    root = data or recipe.get('data_dir') or recipe.get('data')
-    return bool(root) and is_msld(read_split(Path(str(root))).hashes())
+def _is_msld(data: Optional[Path], recipe: Dict[str, Any]) -> bool:
+    """Tell whether the images that were trained on are MSLD's, by their hashes in split.csv."""
+    root = data or recipe.get('data_dir') or recipe.get('data') or ''
+    return bool(root) and is_msld(read_split(Path(root)).hashes())
 
 
 def _check_repo_id(repo_id: str) -> None:
@@ -46,7 +47,7 @@ def _checkpoint_card(repo_id: str, loaded: Checkpoint, data: Optional[Path], met
                                f'{loaded.label_names}.')
     return str(finetune_card(
         repo_id, loaded.model, loaded.label_names, loaded.data_config, loaded.recipe, loaded.trained,
-        _trained_on_msld(data, loaded.recipe), results))
+        _is_msld(data, loaded.recipe), results))
 
 
 def write_card(
@@ -146,6 +147,8 @@ def publish(
             # The tag and licence are the DenseNet's; these weights are others.
             model_config={'label_names': loaded.label_names or None,
                           'pretrained_cfg': {'tag': '', 'license': ModelCard(card).data.to_dict()['license']}})
+        # safetensors gives its file to its owner alone; these are for others.
+        (work / 'model.safetensors').chmod((work / 'config.json').stat().st_mode)
         # timm 1.0.31 writes num_classes twice, and transformers' TimmWrapper then passes it twice.
         config = json.loads((work / 'config.json').read_text())
         config.get('model_args', {}).pop('num_classes', None)

@@ -1,5 +1,6 @@
 """A local web page to try a model: a prediction, what it looks at, and what its gates do."""
 import os
+import sys
 from pathlib import Path
 from typing import Any, Optional, Tuple, Union
 
@@ -91,21 +92,29 @@ def serve(
         calibration: Optional[Path] = None,
         device: str = '',
         port: int = 7860,
+        host: str = '127.0.0.1',
 ) -> None:
-    """Open the page on 127.0.0.1, until it is interrupted.
+    """Open the page, until it is interrupted.
 
     Args:
         model: What `timm_densese.checkpoints.load_model` takes, or what it returned.
         calibration: metrics.json of `timm-densese evaluate`.
         device: Device, by default CUDA where there is one.
         port: Port.
+        host: Address to listen on, 0.0.0.0 for all of this computer's: in a container, for example.
 
     Raises:
         UserError: The model cannot be loaded, or the port is taken.
     """
     page = create_page(model, calibration, device)
     print(NOTICE.replace('*', ''))
+    local = host in ('127.0.0.1', 'localhost')
+    if not local:
+        print(f'WARNING: --host {host} opens the page to everybody who reaches this computer, without a password and '
+              f'unencrypted.', file=sys.stderr)
+    for name in ('no_proxy', 'NO_PROXY'):  # gradio asks its own page whether it is there
+        os.environ[name] = ','.join(filter(None, [os.environ.get(name), '127.0.0.1', 'localhost', host]))
     try:
-        page.launch(server_name='127.0.0.1', server_port=port, max_file_size=f'{MAX_MEGABYTES}mb', inbrowser=True)
+        page.launch(server_name=host, server_port=port, max_file_size=f'{MAX_MEGABYTES}mb', inbrowser=local)
     except OSError as e:
-        raise UserError(f'Port {port} cannot be opened ({e}). Choose another --port.') from e
+        raise UserError(f'Port {port} of {host} cannot be opened ({e}). Choose another --port.') from e

@@ -1,104 +1,55 @@
-"""Attention added to other timm nets leaves them as they were until they train."""
-import copy
-import pickle
-
+"""Attention starts as the identity, to the bit, and trains from there."""
 import pytest
-import timm
 import torch
+from timm.layers import create_act_layer, create_attn
 
-from timm_densese import ATTN_LAYERS, add_attention
+from timm_densese import ATTN_LAYERS, GATE_LAYERS
+from timm_densese.models.attention import IdentityGate, create_channel_attn
 
-NETS = {'resnet18': 4, 'resnet26d': 4, 'regnetx_002': 4, 'convnext_atto': 4, 'efficientnet_b0': 5, 'starnet_s1': 4,
-        'mobilenetv3_small_050': 4}
-
-
-def sites(model):
-    return [m for m in model.modules() if type(m).__name__ == '_RescaledAttn']
+every_attention = pytest.mark.parametrize('attn_layer', ATTN_LAYERS)
 
 
-@pytest.mark.parametrize('name', NETS)
-def test_same_function_and_same_keys(name):
-    model = timm.create_model(name, num_classes=10).eval()
-    plain = copy.deepcopy(model)
-    image = torch.randn(2, 3, 96, 96)
-    assert add_attention(model) is model
-    assert len(sites(model)) == NETS[name]
-    assert set(plain.state_dict()) < set(model.state_dict())
-    with torch.inference_mode():
-        torch.testing.assert_close(model(image), plain(image), rtol=1e-5, atol=1e-5)
+@every_attention
+@pytest.mark.parametrize('gate_layer', GATE_LAYERS)
+def test_gives_its_input_bit_for_bit(attn_layer, gate_layer):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        attn = create_channel_attn(attn_layer, 24, gate_layer=gate_layer, dtype=dtype)
+        x = torch.randn(3, 24, 7, 9, dtype=dtype)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            x = x.contiguous(memory_format=memory_format)
+            assert torch.equal(attn.train()(x), x)
+            assert torch.equal(attn.eval()(x), x)
+    assert list(attn.state_dict()) == list(create_attn(attn_layer, 24).state_dict())
 
 
-@pytest.mark.parametrize('attn_layer', ATTN_LAYERS)
-def test_each_attention(attn_layer):
-    model = timm.create_model('resnet18', num_classes=10).eval()
-    image = torch.randn(1, 3, 64, 64)
-    with torch.inference_mode():
-        expected = model(image)
-        torch.testing.assert_close(add_attention(model, attn_layer)(image), expected, rtol=1e-5, atol=1e-6)
+@every_attention
+def test_the_gradient_reaches_the_gates_at_the_first_step(attn_layer):
+    attn = create_channel_attn(attn_layer, 24, dtype=torch.float64)
+    x = torch.randn(3, 24, 7, 9, dtype=torch.float64)
+    optimizer = torch.optim.SGD(attn.parameters(), 1e-3)
+    moved = []
+    for _ in range(3):
+        before = [p.detach().clone() for p in attn.parameters()]
+        optimizer.zero_grad()
+        (attn(x) * torch.linspace(-1, 1, 24)[:, None, None]).square().sum().backward()
+        optimizer.step()
+        moved.append([not torch.equal(p, b) for p, b in zip(attn.parameters(), before, strict=True)])
+    assert any(moved[0])
+    # A convolution's bias before a norm never moves; nor does a softmax's bias, which all positions share.
+    still = {'conv_attn.bias'} if attn_layer in ('gc', 'gca') else set()
+    names = [name for name, _ in attn.named_parameters()]
+    assert {n for n, m in zip(names, moved[2], strict=True) if not m} <= still
+    assert not torch.equal(attn(x), x)
 
 
-def test_trains_moves_and_survives_copies():
-    model = add_attention(timm.create_model('convnext_atto', num_classes=2), rd_ratio=1 / 16).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.)
-    model(torch.randn(2, 3, 64, 64)).square().sum().backward()
-    optimizer.step()
-    assert all(site.attn.fc2.weight.abs().max() > 0 for site in sites(model))
-
-    model.eval()
-    image = torch.randn(1, 3, 64, 64)
-    with torch.inference_mode():
-        expected = model(image)
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.jit.script(model)):
-            torch.testing.assert_close(other(image), expected)
-    fresh = add_attention(timm.create_model('convnext_atto', num_classes=2), rd_ratio=1 / 16).eval()
-    fresh.load_state_dict(model.state_dict())
-    with torch.inference_mode():
-        assert torch.equal(fresh(image), expected)
+@pytest.mark.parametrize('gate_layer', GATE_LAYERS)
+def test_a_gate_is_timms_divided_by_its_value_at_zero(gate_layer):
+    gate = create_act_layer(gate_layer)
+    z = torch.linspace(-8, 8, 101, dtype=torch.float64)
+    torch.testing.assert_close(IdentityGate(gate)(z), gate(z) / gate(torch.zeros_like(z)), rtol=0, atol=0)
+    assert IdentityGate(gate)(z).max() > 1.9  # it strengthens, too
 
 
-def test_follows_the_models_type_and_mode_and_leaves_the_seed():
-    model = timm.create_model('resnet18', dtype=torch.bfloat16).train()
-    state = model.bn1.running_mean.clone()
-    add_attention(model, rd_channels=4)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert all(m.training for m in model.modules())
-    assert torch.equal(model.bn1.running_mean, state)
-    assert model.layer1.se.attn.fc1.out_channels == 4
-
-
-@pytest.mark.parametrize(('name', 'reason'), [
-    ('vit_tiny_patch16_224', 'gives no place for attention'),  # tokens, not maps
-    ('swin_tiny_patch4_window7_224', 'gives no place for attention'),  # channels last
-    ('vgg11', 'no entry of its feature_info holds a convolution'),
-])
-def test_no_place(name, reason):
-    model = timm.create_model(name, num_classes=2)
-    keys = list(model.state_dict())
-    with pytest.raises(ValueError, match=reason):
-        add_attention(model)
-    assert list(model.state_dict()) == keys
-
-
-def test_stage_that_does_not_run_what_is_added_is_refused_and_restored():
-    model = timm.create_model('dla34', num_classes=2)
-    keys = list(model.state_dict())
-    with pytest.raises(ValueError, match='is not run once in a forward pass') as error:
-        add_attention(model)
-    assert 'The model is unchanged' in str(error.value)
-    assert list(model.state_dict()) == keys
-
-
-def test_other_errors():
-    with pytest.raises(ValueError, match='feature_info'):
-        add_attention(torch.nn.Conv2d(3, 3, 1))
-    with pytest.raises(ValueError, match='feature_info'):
-        add_attention(timm.create_model('resnet18', features_only=True))
-    with pytest.raises(ValueError, match="'se', 'ese'"):
-        add_attention(timm.create_model('resnet18'), 'squeeze')
-    with pytest.raises(ValueError, match='Use a sigmoid gate'):
-        add_attention(timm.create_model('resnet18'), gate_layer='tanh')
-    model = add_attention(timm.create_model('resnet18'))
-    keys = list(model.state_dict())
-    with pytest.raises(ValueError, match='has an attention already'):
-        add_attention(model)
-    assert list(model.state_dict()) == keys
+def test_a_gate_that_starts_at_zero_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"'tanh' is not one of 'sigmoid', 'hard_sigmoid'.*erasing the features"):
+        create_channel_attn('se', 8, gate_layer='tanh')

@@ -30,6 +30,7 @@ IMAGE = torch.linspace(-2, 2, 2 * 3 * 64 * 64).sin().reshape(2, 3, 64, 64)
 
 def test_registered_with_the_tags_of_their_densenets():
     assert timm.list_models('se_densenet*', module='se_densenet') == sorted(MODELS)
+    assert timm.list_models('with_attention') == ['with_attention']
     for name in MODELS:
         theirs = densenet_cfgs[name[len('se_'):]]
         assert {t.split('.', 1)[1] for t in timm.list_models(f'{name}.*', include_tags=True)} == set(theirs.tags)
@@ -90,7 +91,7 @@ def test_excitation_size():
     def hidden(**kwargs):
         return timm.create_model('se_densenet121', device='meta', **kwargs).features.se4.fc1.out_channels
     assert (hidden(), hidden(rd_channels=24), hidden(rd_ratio=1 / 8)) == (16, 24, 128)
-    assert type(create(gate_layer='hard_sigmoid').features.se3.gate).__name__ == 'Hardsigmoid'
+    assert type(create(gate_layer='hard_sigmoid').features.se3.gate.gate).__name__ == 'Hardsigmoid'
 
 
 @placements
@@ -194,9 +195,9 @@ def test_layer_decay_puts_each_attention_with_its_block(placement):
     for coarse in (False, True):
         group_of = group_parameters(model, model.group_matcher(coarse), reverse=True)
         assert group_of['features.conv0.weight'] == 0
-        for site, neighbour in model.attn_sites.items():
+        for site in model.attn_sites:
             if placement == 'layer' or '.transition' in site:
-                follows = f'{neighbour}.weight'
+                follows = site.replace('.se', '.conv2.weight' if placement == 'layer' else '.conv.weight')
             else:
                 block = model.get_submodule(site.replace('.se', '.denseblock'))
                 follows = f'{site.replace(".se", ".denseblock")}.denselayer{len(block)}.conv2.weight'

@@ -131,6 +131,17 @@ def test_a_transformer_trains_at_the_size_that_is_asked_for(small_split, tmp_pat
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
 
 
+def test_a_net_with_attention_trains(small_split, tmp_path):
+    run_training(small_split, tmp_path, model='with_attention', model_kwargs=dict(base='resnet10t'))
+    args = yaml.safe_load((tmp_path / 'args.yaml').read_text())
+    assert (args['architecture'], args['model_args']['base']) == ('with_attention', 'resnet10t')
+    model = timm.create_model(
+        args['architecture'], checkpoint_path=str(tmp_path / 'last.pth.tar'), **args['model_args'])
+    assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+    with pytest.raises(OptionError, match=r'--model with_attention: .*base'):
+        run_training(small_split, tmp_path / 'no_base', model='with_attention', model_kwargs={})
+
+
 @pytest.mark.parametrize('options', [
     dict(sched='step', decay_epochs=1),
     dict(sched='multistep', decay_milestones=[2]),

@@ -3,12 +3,11 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
-from conftest import SMALL_RUN, load_saved, read_summary, run_training, same, start_cli
+from conftest import SMALL_RUN, load_saved, read_summary, run_cli, run_training, same, start_cli
 
 from timm_densese.errors import TrainingError
 
@@ -75,18 +74,6 @@ def test_killed_between_its_two_checkpoints(small_split, tmp_path):
     assert load_saved(tmp_path)['epoch'] == 1
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / 'disk'
-    folder.mkdir()
-    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=1500k', 'tmpfs', str(folder)], capture_output=True,
-                             text=True) if shutil.which('mount') else None
-    if mounted is None or mounted.returncode:
-        pytest.skip(f'a small file system is missing: mount -t tmpfs failed ({mounted and mounted.stderr.strip()})')
-    yield folder
-    subprocess.run(['umount', '-l', str(folder)], check=True)
-
-
 def test_disk_full(small_split, small_disk, tmp_path):
     output = small_disk / 'run'
     run_training(small_split, output)
@@ -135,3 +122,46 @@ def test_a_loss_that_is_no_number(small_split, tmp_path):
     with pytest.raises(TrainingError, match='validation loss is nan after epoch 0'):
         run_training(small_split, tmp_path / 'jump', lr=1e30, warmup_epochs=0, batch_size=36, model_ema=False)
     assert not (tmp_path / 'jump' / 'last.pth.tar').exists()
+
+
+def test_ctrl_c_says_how_to_go_on(small_split, tmp_path):
+    args = ('train', small_split, *ARGS, '--epochs', 400, '--workers', 0, '--output', tmp_path / 'run')
+    process = start_cli(*args, stderr=tmp_path / 'stderr')
+    while not (tmp_path / 'run' / 'last.pth.tar').exists():
+        assert process.is_alive()
+        time.sleep(.02)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    said = (tmp_path / 'stderr').read_text()
+    assert said.splitlines()[-1] == f'timm-densese: stopped. Go on with --resume {tmp_path / "run" / "last.pth.tar"}'
+    assert 'Traceback' not in said
+
+
+def test_the_start_and_the_end_are_said(small_split, tmp_path, capsys):
+    """Images by class and split, weights, device; the best epoch, its checkpoint, the next command, which runs."""
+    run_training(small_split, tmp_path / 'run')
+    start, _, end = capsys.readouterr().out.partition('epoch 0:')
+    for split in ('train', 'val'):
+        for label in ('spots', 'stripes'):
+            count = len(list((small_split / split / label).iterdir()))
+            assert any(line.split()[0] == label and str(count) in line.split() for line in start.splitlines()
+                       if line), (split, label)
+    for said in ('RANDOM weights', 'on cpu', '32x32 pixels', 'M parameters are trained'):
+        assert said in start
+    assert f'Checkpoint: {tmp_path / "run" / "model_best.pth.tar"}' in end
+    command = end.split('Next: timm-densese ')[1].split()
+    assert run_cli(*command, '--workers', 0).returncode == 0
+    run_training(small_split, tmp_path / 'run', epochs=2, resume=str(tmp_path / 'run' / 'last.pth.tar'))
+    assert 'from epoch 1 on' in capsys.readouterr().out
+    run_training(small_split, tmp_path / 'next', initial_checkpoint=str(tmp_path / 'run' / 'last.pth.tar'))
+    assert 'RANDOM' not in capsys.readouterr().out
+
+
+def test_a_dry_run_writes_nothing(small_split, tmp_path, capsys):
+    assert run_training(small_split, tmp_path / 'run', dry_run=True, batch_size=4, epochs=50) == {
+        'classes': ['spots', 'stripes']}
+    assert not (tmp_path / 'run').exists()
+    out, err = capsys.readouterr()
+    assert 'one batch was trained on' in out
+    assert '1/1' in err

@@ -4,6 +4,7 @@ import socket
 import time
 import urllib.error
 import urllib.parse
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
@@ -64,6 +65,18 @@ def is_msld(hashes: Iterable[str]) -> bool:
     return not msld_patients().keys().isdisjoint(hashes)
 
 
+def _check_reachable(base_url: str) -> None:
+    """Give up at once where there is no network: each of the images would be tried for half a minute."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(base_url, method='HEAD'), timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError) as e:
+        raise DownloadError(
+            f'{base_url} could not be reached ({getattr(e, "reason", e)}), so nothing was downloaded. Check the '
+            f'connection, or point --base-url at a copy of the repository.') from e
+
+
 def download_msld(output: Path, base_url: str = _MSLD_URL, backoff: float = 1.) -> None:
     """Download the 228 original images of MSLD, each checked against its SHA-256.
 
@@ -103,6 +116,8 @@ def download_msld(output: Path, base_url: str = _MSLD_URL, backoff: float = 1.) 
                 reason = str(e)
         return f'{row["file"]}: {reason} ({url})'
 
+    if not all((output / row['file']).is_file() for row in rows):
+        _check_reachable(base_url)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torch.hub's download takes none, and a silent server would hold it for ever
     try:

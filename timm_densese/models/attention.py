@@ -1,26 +1,30 @@
-"""Channel attention that starts as a constant factor, so that it can enter a trained network unnoticed.
+"""Channel attention that starts as the identity, so that it can enter a trained network unnoticed.
 
-The last layer before each gate starts at zero. The gate then reads the same constant everywhere (a sigmoid: 0.5),
-whatever the input, and that constant can be divided out. The gradient reaches the zeroed layer at the first step,
-and everything before it from the second step on.
+The layers before each gate start at zero, and each gate is divided by its value at zero: sigmoid(z) / sigmoid(0) =
+2 * sigmoid(z). So it starts at exactly 1. The network computes the same bits as before, and since none of its tensors
+is touched, it trains as before, too. The gradient reaches the zeroed layer at the first step, and everything before it
+from the second step on.
 
 Papers:
-    * `Squeeze-and-Excitation Networks` - https://arxiv.org/abs/1709.01507
+    * `Squeeze-and-Excitation Networks` - https://arxiv.org/abs/1709.01507. Its gate is this one divided by 2: it can
+      weaken a channel, and this one can strengthen it as well.
 """
-import functools
+import copy
 import inspect
-from typing import Any, Dict, List, Optional, Tuple, TypeVar
+from functools import partial
+from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.layers import create_attn, get_attn, get_device_dtype
+from timm.layers import create_attn, get_attn
 
-__all__ = ['ATTN_LAYERS', 'GATE_LAYERS', 'add_attention', 'create_channel_attn', 'gate_constant', 'gate_inputs']
+from ..errors import CheckpointMismatchError
 
-ModelT = TypeVar('ModelT', bound=nn.Module)
+__all__ = ['ATTN_LAYERS', 'GATE_LAYERS', 'IdentityGate', 'add_start', 'check_keys', 'create_channel_attn',
+           'is_attn_key', 'layer_names', 'register_start_hook']
 
 # timm's name of each channel attention -> its last layers before a gate.
-# 'ge' is left out: timm 1.0.31 raises a TypeError on creating one.
+# Left out: 'ge', on which timm 1.0.31 raises a TypeError, and 'lcbam', one of whose gates is a function in its forward.
 _GATE_INPUTS: Dict[str, Tuple[str, ...]] = {
     'se': ('fc2',),
     'ese': ('fc',),
@@ -30,21 +34,37 @@ _GATE_INPUTS: Dict[str, Tuple[str, ...]] = {
     'gc': ('mlp_scale.fc2',),
     'gca': ('mlp_add.fc2',),
     'cbam': ('channel.fc2', 'spatial.conv.bn'),
-    'lcbam': ('channel.fc2', 'spatial.conv.bn'),
     'coord': ('conv_h', 'conv_w'),
     'scoord': ('fc_h', 'fc_w'),
     'ela': ('norm_h', 'norm_w'),
     'strip': ('conv_h', 'conv_w'),
 }
 ATTN_LAYERS = tuple(_GATE_INPUTS)
-GATE_LAYERS = ('sigmoid', 'hard_sigmoid', 'tanh')
+GATE_LAYERS = ('sigmoid', 'hard_sigmoid')
 
 DEFAULT_RD_CHANNELS = 16
 
 
-def _check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> None:
+class IdentityGate(nn.Module):
+    """A gate divided by its value at zero, so that it starts at exactly 1."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        """Wrap a gate.
+
+        Args:
+            gate: One of `GATE_LAYERS`: 0.5 at zero, and without parameters, so that no key of a state dict changes.
+        """
+        super().__init__()
+        self.gate = gate
+        self.scale = 2.
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gate(x) * self.scale
+
+
+def _check_choice(name: str, value: Any, choices: Tuple[str, ...], reason: str = '') -> None:
     if value not in choices:
-        raise ValueError(f'{name}={value!r} is not one of {", ".join(map(repr, choices))}.')
+        raise ValueError(f'{name}={value!r} is not one of {", ".join(map(repr, choices))}.{reason}')
 
 
 def create_channel_attn(
@@ -56,7 +76,7 @@ def create_channel_attn(
         device=None,
         dtype=None,
 ) -> nn.Module:
-    """Create one of timm's channel attentions with its gates at their constant starting point.
+    """Create one of timm's channel attentions, starting as the identity.
 
     Args:
         attn_layer: Name of the attention, one of `ATTN_LAYERS`.
@@ -68,13 +88,21 @@ def create_channel_attn(
         dtype: Type of the parameters.
 
     Returns:
-        The attention. With a sigmoid gate, the last layer before the gate is zero.
+        The attention, by timm's names. It gives its input, bit for bit, until it is trained.
 
     Raises:
         ValueError: A name is unknown, a size is not positive, or this attention does not take the size.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(2, 8, 4, 4)
+        >>> torch.equal(create_channel_attn('se', 8)(x), x)
+        True
     """
     _check_choice('attn_layer', attn_layer, ATTN_LAYERS)
-    _check_choice('gate_layer', gate_layer, GATE_LAYERS)
+    _check_choice(
+        'gate_layer', gate_layer, GATE_LAYERS, ' A gate is divided by its value at zero, 0.5 for these, to start at '
+        '1. One that is 0 there, as tanh is, would begin by erasing the features.')
     if rd_channels is not None and rd_ratio is not None:
         raise ValueError(f'Give rd_channels or rd_ratio, not both (got {rd_channels!r} and {rd_ratio!r}).')
     if rd_channels is not None and (not isinstance(rd_channels, int) or rd_channels < 1):
@@ -95,157 +123,120 @@ def create_channel_attn(
             f'or take one of {", ".join(map(repr, sized))}.')
 
     attn = create_attn(attn_layer, channels, gate_layer=gate_layer, device=device, dtype=dtype, **reduction)
-    if gate_constant(attn_layer, gate_layer) is not None:
-        _zero_gate_inputs(attn, attn_layer)
+    for name, gate in list(attn.named_modules()):
+        if name.split('.')[-1] == 'gate':
+            attn.set_submodule(name, IdentityGate(gate))
+    _zero_gate_inputs(attn, attn_layer)
     return attn
 
 
-def gate_inputs(attn_layer: str) -> Tuple[str, ...]:
-    """Names, inside the attention, of the layers that are zero where the gates start."""
-    return _GATE_INPUTS[attn_layer]
-
-
 def _zero_gate_inputs(attn: nn.Module, attn_layer: str) -> None:
-    for name in gate_inputs(attn_layer):
+    for name in _GATE_INPUTS[attn_layer]:
         for param in attn.get_submodule(name).parameters():
             nn.init.zeros_(param)
 
 
-@functools.lru_cache(maxsize=None)
-def gate_constant(attn_layer: str, gate_layer: str) -> Optional[float]:
-    """Measure the factor that an attention multiplies its input by where its gates start.
-
-    Measured rather than tabulated, so that it holds for attentions with several gates, and for those that ignore
-    `gate_layer`.
-
-    Args:
-        attn_layer: Name of the attention, one of `ATTN_LAYERS`.
-        gate_layer: Name of the gate's activation, one of `GATE_LAYERS`.
-
-    Returns:
-        The factor, 0.5 for one sigmoid; None where it is not one positive constant (a tanh starts at 0).
-    """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():  # the caller's seed is not ours to advance
-        attn = create_attn(attn_layer, 8, gate_layer=gate_layer, device='cpu', dtype=torch.float64).eval()
-        _zero_gate_inputs(attn, attn_layer)
-        x = 1 + torch.rand(2, 8, 4, 4, dtype=torch.float64, device='cpu')
-        factor = attn(x) / x
-    constant = factor.mean().item()
-    return constant if constant > 0 and torch.allclose(factor, factor.mean(), rtol=1e-12, atol=0) else None
+# Checkpoints of the network without attention.
 
 
-class _RescaledAttn(nn.Module):
-    """An attention divided by its own starting constant, so that it starts as the identity."""
-
-    def __init__(self, attn: nn.Module, constant: float) -> None:
-        super().__init__()
-        self.attn = attn
-        self.scale = 1. / constant
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.attn(x) * self.scale
+def is_attn_key(key: str, model: Any) -> bool:
+    """Tell whether a tensor's name is of one of a model's attentions."""
+    return key.startswith(tuple(f'{site}.' for site in model.attn_sites))
 
 
-def add_attention(
-        model: ModelT,
-        attn_layer: str = 'se',
-        rd_channels: Optional[int] = None,
-        rd_ratio: Optional[float] = None,
-        gate_layer: str = 'sigmoid',
-) -> ModelT:
-    """Add an attention after each stage of a timm network, without changing what the network computes.
+def check_keys(state_dict: Mapping[str, Any], model: Any, adapted: bool = False) -> None:
+    """Raise where a checkpoint's tensors are not the model's, or not those of the network without attention.
 
-    The stages are the entries of `model.feature_info` that hold convolutions of their own (the stem does not count).
-    The network runs twice on one image, before and after: where an attention was not run exactly once, or the output
-    moved, the network is put back as it was. Every key of the network's state dict stays; each attention's keys hold
-    `.se.`. timm's layer-wise learning rate decay gives them the head's rate.
+    Not looked at: num_batches_tracked, which checkpoints older than torch 0.4.1 lack, and before timm has adapted them
+    the classifier and the first convolution's input channels.
 
     Args:
-        model: A convolutional network made by `timm.create_model`, changed in place.
-        attn_layer: Name of the attention, one of `ATTN_LAYERS`.
-        rd_channels: Hidden units of the excitation, 16 if neither this nor `rd_ratio` is given.
-        rd_ratio: Hidden units as a fraction of the stage's channels.
-        gate_layer: Name of the gate's activation, one of `GATE_LAYERS` that starts at a positive constant.
-
-    Returns:
-        The same model.
+        state_dict: Tensors by the model's names.
+        model: The model, with its `attn_sites`.
+        adapted: timm has adapted the classifier and the first convolution already, so that these must fit, too.
 
     Raises:
-        ValueError: A name or size is wrong, or the network gives no place for attention.
-
-    Example:
-        >>> import timm, timm_densese
-        >>> model = timm_densese.add_attention(timm.create_model('resnet18'))
-        >>> model.layer4.se.attn.fc2.weight.abs().max().item()
-        0.0
+        CheckpointMismatchError: Some are missing, left over, or of another shape.
     """
-    arch = type(model).__name__
-    feature_info = getattr(model, 'feature_info', None)
-    first_conv = getattr(model, 'pretrained_cfg', {}).get('first_conv') or ''
-    if not isinstance(feature_info, list) or not isinstance(first_conv, str):
-        raise ValueError(
-            f'add_attention finds the stages of a network in the feature_info of timm.create_model(name), and '
-            f'{arch} has none. Call it on the classification model, before features_only or other wrapping.')
-    stages = {
-        info['module']: info['num_chs'] for info in feature_info
-        if not first_conv.startswith(info['module'] + '.')
-        and any(isinstance(m, nn.Conv2d) for m in model.get_submodule(info['module']).modules())
-    }
-    if not stages:
-        raise ValueError(f'{arch} gives no place for attention: no entry of its feature_info holds a convolution.')
+    cfg = getattr(model, 'pretrained_cfg', {})
+    classifiers, first_convs = (layer_names(cfg.get(key)) for key in ('classifier', 'first_conv'))
+    with_attention = any(is_attn_key(key, model) for key in state_dict)
+    expected = {k: v for k, v in model.state_dict().items() if with_attention or not is_attn_key(k, model)}
 
-    # Built before the network is touched, so that a wrong name or size leaves it as it was.
-    attns: Dict[str, nn.Module] = {}
-    for name, num_chs in stages.items():
-        attn = create_channel_attn(attn_layer, num_chs, rd_channels, rd_ratio, gate_layer, **get_device_dtype(model))
-        constant = gate_constant(attn_layer, gate_layer)
-        if constant is None:
-            raise ValueError(
-                f'attn_layer={attn_layer!r} with gate_layer={gate_layer!r} does not start at a positive constant, '
-                f'so it would change what {arch} computes. Use a sigmoid gate.')
-        attns[name] = _RescaledAttn(attn, constant).train(model.training)
+    def is_checked(key: str) -> bool:
+        owner = key.rpartition('.')[0]
+        return (adapted or owner not in classifiers) and not key.endswith('.num_batches_tracked')
 
-    homes: List[nn.Module] = []
-    calls: List[str] = []
-    expected = _probe(model)
-    try:
-        for name, attn in attns.items():
-            stage = model.get_submodule(name)
-            # Some stages run their children in order, others (ConvNeXt) a Sequential of that name after a downsample.
-            blocks = getattr(stage, 'blocks', None)
-            home = blocks if isinstance(blocks, nn.Sequential) else stage
-            if hasattr(home, 'se'):
-                raise ValueError(f'{name} has an attention already')
-            home.add_module('se', attn)
-            homes.append(home)
-        handles = [a.register_forward_hook(lambda *_, name=n: calls.append(name)) for n, a in attns.items()]
-        output = _probe(model)
-        for handle in handles:
-            handle.remove()
-        unused = [name for name in attns if calls.count(name) != 1]
-        if unused:
-            raise ValueError(f'what is added to {", ".join(unused)} is not run once in a forward pass')
-        error = ((output - expected).norm() / expected.norm()).item()
-        if not error < 1e-3:
-            raise ValueError(f'its output moved by {error:.1e}')
-    except Exception as e:
-        for home in homes:
-            del home.se
-        raise ValueError(
-            f'{arch} gives no place for attention after {", ".join(stages)}: {e}. The model is unchanged.') from e
-    return model
+    def shape(key: str, tensor: torch.Tensor) -> Tuple[int, ...]:
+        is_first = key.rpartition('.')[0] in first_convs and not adapted
+        return tensor.shape[:1] + tensor.shape[2:] if is_first else tensor.shape
+
+    missing = [k for k in expected if is_checked(k) and k not in state_dict]
+    unexpected = [k for k in state_dict if is_checked(k) and k not in expected]
+    misshapen = [
+        f'{k} ({tuple(state_dict[k].shape)}, not {tuple(v.shape)})' for k, v in expected.items()
+        if is_checked(k) and k in state_dict and shape(k, state_dict[k]) != shape(k, v)]
+    if missing or unexpected or misshapen:
+        args = getattr(model, '_model_args', {})
+        name = cfg.get('architecture') or type(model).__name__
+        what = {'se_placement': getattr(model, 'se_placement', None), 'base': args.get('base')}
+        described = ' and '.join(f'{k}={v!r}' for k, v in what.items() if v)
+        raise CheckpointMismatchError(f'{name} with {described}' if described else name, missing, unexpected, misshapen)
 
 
-@torch.no_grad()
-def _probe(model: Any) -> torch.Tensor:
-    """Output in eval mode for one fixed image of the model's input size."""
-    dd = get_device_dtype(model)
-    size = model.pretrained_cfg['input_size'][1:]
-    image = torch.randn(1, model.in_chans, *size, generator=torch.Generator().manual_seed(0))
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        return model(image.to(**dd)).double()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+def layer_names(value: Any) -> Tuple[str, ...]:
+    """Give the layers that an entry of a pretrained cfg names: one name, several or none."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def add_start(state_dict: Mapping[str, Any], model: Any) -> Dict[str, Any]:
+    """Add the attention's start to a checkpoint of the network without attention.
+
+    Args:
+        state_dict: Tensors by the model's names.
+        model: The model, on any device, with its `attn_sites` and `attn_layer`.
+
+    Returns:
+        A new dict, which shares the given tensors. What is not a whole checkpoint of the network, or holds attention
+        already, gets nothing added.
+    """
+    out = dict(state_dict)
+    cfg = getattr(model, 'pretrained_cfg', {})
+    classifiers = layer_names(cfg.get('classifier'))
+    needed = [k for k in model.state_dict() if not is_attn_key(k, model) and not k.endswith('.num_batches_tracked')
+              and k.rpartition('.')[0] not in classifiers]
+    if any(is_attn_key(k, model) for k in out) or not needed or not all(k in out for k in needed):
+        return out
+    like = out[needed[0]]
+    names = {name for name, _ in model.named_modules()}  # fused or pruned models have not all of them
+    with torch.random.fork_rng(devices=[]):  # the caller's seed is not ours to advance
+        for site in filter(names.__contains__, model.attn_sites):
+            # Made anew, not copied from the model: that one may have been trained, or be on the meta device.
+            attn = copy.deepcopy(model.get_submodule(site)).to_empty(device=like.device)
+            for module in reversed(list(attn.modules())):
+                if callable(reset := getattr(module, 'reset_parameters', None)):
+                    reset()
+            _zero_gate_inputs(attn, model.attn_layer)
+            out.update({f'{site}.{k}': v for k, v in attn.to(like.dtype).state_dict().items()})
+    return out
+
+
+def register_start_hook(model: nn.Module, filter_fn: Callable[..., Dict[str, Any]] = add_start) -> None:
+    """Let a model take checkpoints of the network without attention, also as a child of another module.
+
+    Args:
+        model: The model.
+        filter_fn: Gives, for a state dict and the model, the state dict to load.
+    """
+    model.register_load_state_dict_pre_hook(partial(_filter_before_loading, filter_fn=filter_fn))
+
+
+def _filter_before_loading(
+        model: nn.Module,
+        state_dict: Dict[str, Any],
+        prefix: str,
+        *args: Any,
+        filter_fn: Callable[..., Dict[str, Any]],
+) -> None:
+    own = {key[len(prefix):]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    state_dict.update({prefix + key: value for key, value in filter_fn(own, model).items()})

@@ -1,18 +1,34 @@
-"""The dense block, its layers and the features around it, and which execution runs: plain, linear memory or fused.
+"""The dense block, its layers and the features around it, with timm's weights and names, and which execution runs.
 
-The weights are timm's, with timm's names, in the first two.
+    * timm's own, the plain one, is the default. It also runs wherever one of the others does not know what it finds.
+    * Linear memory (linear_memory.py) runs in training where `grad_checkpointing` is set, see
+      `DenseBlock.is_memory_efficient`.
+    * Fused (fused.py) are modules of their own for inference, which `timm.models.reparameterize_model` puts in the
+      place of these, see `DenseBlock.fuse` and `DenseFeatures.fuse`.
 """
+import warnings
 from collections import OrderedDict
-from typing import Any, List, Optional, Union
+from typing import Any, Callable, List, Optional, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from timm.models import densenet
+from torch.autograd import forward_ad
 
-from .fused import FusedDenseBlock, NormConv, fold_after, is_foldable
-from .linear_memory import run_compiled, run_eager
+from .fused import FusedDenseBlock, NormConv, fold_after
+from .linear_memory import normalise, restore, run
+from .plain import (
+    has_autocast,
+    has_hooks,
+    is_plain_module,
+    is_plain_norm,
+    is_plain_parts,
+    is_plain_transition,
+    is_transformed,
+    same_dtype_and_device,
+)
 
 __all__ = ['DenseBlock', 'DenseFeatures', 'SEDenseLayer']
 
@@ -76,33 +92,47 @@ class DenseBlock(densenet.DenseBlock):
         Returns:
             The features and those of all layers, (B, C + layers * growth_rate, H, W).
         """
-        if not torch.jit.is_scripting() and self.is_linear(init_features):
-            return self.forward_linear(init_features)
+        if not torch.jit.is_scripting() and self.is_memory_efficient(init_features):
+            return self.forward_memory_efficient(init_features)
         features = [init_features]
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)
 
     @torch.jit.ignore
-    def is_linear(self, x: torch.Tensor) -> bool:
+    def is_memory_efficient(self, x: torch.Tensor) -> bool:
         """Tell whether this block trains in linear memory on these features.
 
-        It does not without `grad_checkpointing` or a gradient, in tracing, for norms that are not batch norms with
-        batch statistics of their own process, activations that are not ReLU, layers that somebody replaced, or hooks
-        on a part of a layer, which this execution would pass by.
+        It does not without `grad_checkpointing` or a gradient, in tracing, in transforms of torch.func, for norms that
+        are not timm's batch norms with batch statistics of their own process, activations that are not ReLU, layers
+        that somebody changed, types that differ without autocast, or hooks, which this execution would pass by.
         """
         layers: List[Any] = list(self.values())
+        if not (torch.is_grad_enabled() and layers and all(
+                type(layer) in (densenet.DenseLayer, SEDenseLayer) and layer.grad_checkpointing for layer in layers)):
+            return False
+        if is_transformed(x):
+            if forward_ad._current_level >= 0:
+                warnings.warn(
+                    'Linear memory has no forward-mode derivatives: the dense blocks run as in timm. '
+                    'Call set_grad_checkpointing(False) to get rid of this message.', stacklevel=2)
+            return False
         return (
-            torch.is_grad_enabled() and not torch.jit.is_tracing()
-            and all(type(layer) in (densenet.DenseLayer, SEDenseLayer) and layer.grad_checkpointing for layer in layers)
-            and x.shape[0] * x.shape[2] * x.shape[3] > 1
+            x.shape[0] * x.shape[2] * x.shape[3] > 1
             and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-            and all(_reads_normalised(layer.norm1, layers[0].norm1.eps) and _reads_normalised(layer.norm2)
-                    and _is_plain_conv(layer.conv1) and _is_plain_conv(layer.conv2) and not _has_hooks(layer)
-                    for layer in layers))
+            and all(
+                is_plain_module(layer, densenet.DenseLayer, SEDenseLayer) and is_plain_parts(layer)
+                and _reads_normalised(layer.norm1, layers[0].norm1.eps) and layer.norm2.training for layer in layers)
+            and _is_dtype_known(x, [t for layer in layers for t in (
+                layer.norm1.weight, layer.conv1.weight, layer.norm2.weight, layer.conv2.weight)]))
 
     @torch.jit.ignore
-    def forward_linear(self, x: torch.Tensor, tail: Optional[nn.Module] = None, pool: bool = False) -> torch.Tensor:
+    def forward_memory_efficient(
+            self,
+            x: torch.Tensor,
+            tail: Optional[nn.Module] = None,
+            pool: bool = False,
+    ) -> torch.Tensor:
         """Compute the block's features, or what a norm makes of them, in linear memory.
 
         Args:
@@ -114,16 +144,19 @@ class DenseBlock(densenet.DenseBlock):
             The features (B, C_out, H, W), or with a tail its output, halved in size by `pool`.
         """
         layers: List[Any] = list(self.values())
-        norm1 = layers[0].norm1
-        run = run_compiled if torch.compiler.is_compiling() else run_eager
-        return run(layers, x, norm1.eps, tail, pool)
+        return run(layers, x, layers[0].norm1.eps, tail, pool)
 
     def fuse(self) -> nn.Module:
-        """Give the block for inference, or this one where its norms cannot be folded (timm's reparameterize_model)."""
+        """Give the block for inference, or this one where it is not exactly timm's (timm's reparameterize_model)."""
         layers: List[Any] = list(self.values())
-        if not all(is_foldable(norm) for layer in layers for norm in (layer.norm1, layer.norm2)):
-            return self
-        return FusedDenseBlock(layers)
+        if (
+            layers and is_plain_module(self, DenseBlock) and same_dtype_and_device(self)
+            and all(is_plain_module(layer, densenet.DenseLayer, SEDenseLayer) and is_plain_parts(layer)
+                    for layer in layers)
+            and len({layer.conv2.out_channels for layer in layers}) == 1
+        ):
+            return FusedDenseBlock(layers)
+        return self
 
 
 class DenseFeatures(nn.Sequential):
@@ -150,70 +183,71 @@ class DenseFeatures(nn.Sequential):
 
     @torch.jit.ignore
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
-        modules: List[Any] = [*self, None]
-        i = 0
-        while i < len(modules) - 1:
-            module, following = modules[i], modules[i + 1]
-            i += 1
-            pool = _is_plain_transition(following) and not _has_hooks(following)
-            norm = following.norm if pool else following
-            if not isinstance(module, DenseBlock) or not _can_read(norm, module) or not module.is_linear(x):
+        modules: List[Any] = list(self)
+        while modules:
+            module = modules.pop(0)
+            if not isinstance(module, DenseBlock) or not module.is_memory_efficient(x):
                 x = module(x)
-                continue
-            # A 1x1 convolution and an average commute: pooled first, the convolution has a quarter of the work.
-            x = module.forward_linear(x, norm, pool)
-            x = following.conv(x) if pool else x
-            i += 1
+            elif modules and not has_hooks(module) and _can_read(modules[0], x, module):
+                x = _read(module.forward_memory_efficient, modules.pop(0), x)
+            elif modules:  # an attention, or a transition of another kind
+                x = module(x)
+                with restore(x):
+                    x = modules.pop(0)(x)
+                if modules and _can_read(modules[0], x):
+                    x = _read(normalise, modules.pop(0), x)
+            else:
+                x = module(x)
         return x
 
-    def fuse(self) -> nn.Sequential:
-        """Give the features for inference, as timm's reparameterize_model asks; what cannot be folded stays.
+    def fuse(self) -> 'DenseFeatures':
+        """Change these features for inference, as timm's reparameterize_model asks.
 
-        The result has the same children's names, so features are tapped in the same places.
+        What is not exactly timm's stays. The children keep their names, so features are tapped in the same places.
         """
-        fused: OrderedDict[str, nn.Module] = OrderedDict()
-        previous = ''
-        for name, module in self.named_children():
-            conv: Any = fused.get(previous)
-            if type(conv) is nn.Conv2d and conv.bias is None and is_foldable(module):
-                fused[previous] = fold_after(conv, module)
-                fused[name] = nn.ReLU(inplace=True)
+        previous: Any = None
+        for name, module in list(self.named_children()):
+            if (
+                is_plain_module(previous, nn.Conv2d) and previous.bias is None and previous.padding_mode == 'zeros'
+                and is_plain_norm(module) and same_dtype_and_device(nn.ModuleList([previous, module]))
+            ):
+                self[list(self).index(previous)] = fold_after(previous, module)
+                setattr(self, name, nn.ReLU(inplace=True).train(module.training))
             elif isinstance(module, DenseBlock):
-                fused[name] = module.fuse()
-            elif _is_plain_transition(module) and is_foldable(module.norm):  # type: ignore[union-attr]
-                fused[name] = NormConv(module.norm, module.conv, pool=True)  # type: ignore[union-attr,arg-type]
-            else:
-                fused[name] = module
-            previous = name
-        return nn.Sequential(fused)
+                setattr(self, name, module.fuse())
+            elif is_plain_transition(module) and same_dtype_and_device(module):
+                transition: Any = module
+                fused: nn.Module = NormConv(transition.norm, transition.conv, pool=True)
+                if hasattr(transition, 'se'):
+                    fused = nn.Sequential(OrderedDict(conv=fused, se=transition.se))
+                setattr(self, name, fused)
+            previous = module
+        return self
 
 
-def _is_plain_transition(module: Any) -> bool:
+def _can_read(reader: Any, x: torch.Tensor, block: Optional[DenseBlock] = None) -> bool:
+    """Tell whether a norm or a transition can read normalised features, those of a block with the block's eps."""
+    layers: List[Any] = list(block.values()) if block is not None else []
+    eps = layers[0].norm1.eps if layers else None
+    if is_plain_module(reader, BatchNormAct2d):
+        return _reads_normalised(reader, eps) and _is_dtype_known(x, [reader.weight])
     return (
-        isinstance(module, densenet.DenseTransition)
-        and [name for name, _ in module.named_children()] == ['norm', 'conv', 'pool'] and _is_plain_conv(module.conv)
-        and type(module.pool) is nn.AvgPool2d and module.pool.kernel_size == module.pool.stride == 2)
+        is_plain_transition(reader) and _reads_normalised(reader.norm, eps)
+        and _is_dtype_known(x, [reader.norm.weight, reader.conv.weight]))
 
 
-def _can_read(norm: Any, block: DenseBlock) -> bool:
-    """Tell whether a norm after a block can read the block's normalised features, and is all that does."""
-    first: Any = next(iter(block.values()))
-    watched = any(getattr(block, hooks) for hooks in _HOOKS)
-    return _reads_normalised(norm, first.norm1.eps) and not _has_hooks(norm) and not watched
+def _read(run: Callable[..., torch.Tensor], reader: Any, x: torch.Tensor) -> torch.Tensor:
+    if isinstance(reader, BatchNormAct2d):
+        return run(x, reader)
+    # A 1x1 convolution and an average commute: pooled first, the convolution has a quarter of the work.
+    x = reader.conv(run(x, reader.norm, pool=True))
+    return reader.se(x) if hasattr(reader, 'se') else x
 
 
 def _reads_normalised(norm: Any, eps: Optional[float] = None) -> bool:
-    return (
-        type(norm) is BatchNormAct2d and norm.training and norm.affine and norm.track_running_stats
-        and isinstance(norm.act, nn.ReLU) and isinstance(norm.drop, nn.Identity) and eps in (None, norm.eps))
+    return is_plain_norm(norm) and norm.training and eps in (None, norm.eps)
 
 
-def _is_plain_conv(conv: Any) -> bool:
-    return type(conv) is nn.Conv2d and conv.bias is None and conv.padding_mode == 'zeros'
-
-
-_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(m, hooks) for m in module.modules() for hooks in _HOOKS)
+def _is_dtype_known(x: torch.Tensor, weights: List[torch.Tensor]) -> bool:
+    dtypes = {weight.dtype for weight in weights}
+    return len(dtypes) == 1 and (dtypes == {x.dtype} or has_autocast(x))

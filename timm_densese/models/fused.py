@@ -2,22 +2,19 @@
 
 A layer's second batch norm goes into its first convolution, the first becomes a scale and a shift. Each layer
 writes its features into one channels_last buffer, from which the next ones read; nothing is concatenated.
+
+The modules' parameters are all that there is. Each call reads them, and keeps nothing for the next.
 """
-import weakref
-from typing import Any, Callable, List, Tuple
+import functools
+from typing import Any, List, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['FusedDenseBlock', 'NormConv', 'fold_after', 'is_foldable']
+from .plain import is_plain_conv, is_plain_module, is_transformed
 
-
-def is_foldable(norm: Any) -> bool:
-    tensors = ('weight', 'bias', 'running_mean', 'running_var')
-    return (
-        all(isinstance(getattr(norm, name, None), torch.Tensor) for name in tensors)
-        and isinstance(getattr(norm, 'act', None), nn.ReLU) and isinstance(getattr(norm, 'drop', None), nn.Identity))
+__all__ = ['FusedDenseBlock', 'NormConv', 'fold_after']
 
 
 def _scale_shift(norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -28,13 +25,19 @@ def _scale_shift(norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def fold_after(conv: Any, norm: Any) -> nn.Conv2d:
-    """Give the convolution that computes norm(conv(x)), without the norm's ReLU."""
+    """Give the convolution that computes norm(conv(x)), without the norm's ReLU.
+
+    Args:
+        conv: A convolution without a bias.
+        norm: A batch norm with running statistics.
+    """
     scale, shift = _scale_shift(norm)
     fused = nn.Conv2d(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-        device=conv.weight.device, dtype=conv.weight.dtype)
-    fused.weight.copy_(conv.weight.double() * scale[:, None, None, None])
-    fused.bias.copy_(shift)  # type: ignore[union-attr]
+        device='meta')
+    weight = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight.dtype)
+    fused.weight = nn.Parameter(weight, conv.weight.requires_grad)
+    fused.bias = nn.Parameter(shift.to(conv.weight.dtype), norm.bias.requires_grad)
     return fused.train(conv.training)
 
 
@@ -43,22 +46,20 @@ class NormConv(nn.Module):
 
     def __init__(self, norm: Any, conv: nn.Conv2d, pool: bool = False) -> None:
         super().__init__()
-        self.norm = norm
+        scale, shift = _scale_shift(norm)
+        self.scale = nn.Parameter(scale.to(norm.weight.dtype), norm.weight.requires_grad)
+        self.shift = nn.Parameter(shift.to(norm.weight.dtype), norm.bias.requires_grad)
         self.conv = conv
         self.pool = pool
+        self.train(conv.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # As a batch norm, whatever the mode: ONNX Runtime runs it faster than a product and a sum.
-        norm = self.norm
-        x = F.relu(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0., norm.eps))
+        # As a batch norm: ONNX Runtime runs it faster than a product and a sum.
+        mean, var = torch.zeros_like(self.shift), torch.ones_like(self.scale)
+        x = F.batch_norm(x, mean, var, self.scale, self.shift, False, 0., 0.).relu_()
         if self.pool:  # before the convolution, which has a quarter of the work then: the two commute
             x = F.avg_pool2d(x, 2)
         return self.conv(x)
-
-
-@torch.jit.ignore
-def _is_graph() -> bool:
-    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class _FusedLayer(nn.Module):
@@ -67,18 +68,26 @@ class _FusedLayer(nn.Module):
         self.conv1 = NormConv(layer.norm1, fold_after(layer.conv1, layer.norm2))
         self.conv2 = layer.conv2
         self.se = getattr(layer, 'se', nn.Identity())
+        self.train(layer.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.se(self.conv2(self.conv1(x).relu_()))
 
 
 class FusedDenseBlock(nn.Module):
-    """A dense block for inference: running statistics are folded into its convolutions, dropout is gone."""
+    """A dense block for inference: running statistics are folded into its convolutions, dropout is gone.
+
+    Without a gradient it writes into a buffer. With one, for compilers, exporters and transforms of torch.func, and
+    where a part of a layer is watched or changed, it calls its layers and concatenates.
+
+    Args:
+        layers: timm's dense layers, or those with an attention, all of one growth rate.
+    """
 
     def __init__(self, layers: List[Any]) -> None:
         super().__init__()
         self.layers = nn.ModuleList([_FusedLayer(layer) for layer in layers])
-        self.new_channels = sum(layer.conv2.out_channels for layer in layers)
+        self.train(layers[0].training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute the block's features.
@@ -89,75 +98,57 @@ class FusedDenseBlock(nn.Module):
         Returns:
             The features and those of all layers, (B, C + layers * growth_rate, H, W).
         """
-        if not torch.jit.is_scripting() and not _is_graph():
+        if not torch.jit.is_scripting() and self._can_write(x):
             return self._forward_buffer(x)
-        # With a gradient, and for compilers and exporters, which fuse the concatenation themselves.
         for layer in self.layers:
             x = torch.cat([x, layer(x)], 1)
         return x
 
     @torch.jit.ignore
+    def _can_write(self, x: torch.Tensor) -> bool:
+        layers: List[Any] = list(self.layers)
+        return (
+            not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x)
+            and all(is_plain_module(layer, _FusedLayer) and is_plain_module(layer.conv1, NormConv)
+                    and is_plain_conv(layer.conv1.conv, 1, bias=True) and is_plain_conv(layer.conv2, 3)
+                    for layer in layers))
+
+    @torch.jit.ignore
     def _forward_buffer(self, x: torch.Tensor) -> torch.Tensor:
-        start = x.shape[1]
-        out = torch.empty(
-            (x.shape[0], start + self.new_channels, *x.shape[2:]), dtype=x.dtype, device=x.device,
-            memory_format=torch.channels_last)
-        out[:, :start] = x
-        for scale, shift, conv1, conv2, se in self._prepare(x):
-            x = conv2(conv1(torch.addcmul(shift, out[:, :start], scale).relu_()))
-            if se is not None:
-                x = se(x)
-            end = start + x.shape[1]
-            out[:, start:end] = x
-            start = end
-        return out
-
-    def _prepare(self, x: torch.Tensor) -> List[Any]:
-        """Make ready what the layers need for x's type and shape, once for as long as their weights do not change."""
-        sources, versions, dtype, shape, steps = _prepared.get(self, ([], -1, None, None, []))
-        if not steps or dtype != x.dtype or shape != x.shape or versions != _count_changes(sources):
-            layers: List[Any] = list(self.layers)
-            steps = [(
-                *(t[:, None, None].to(x.dtype) for t in _scale_shift(layer.conv1.norm)),
-                _pack_conv(layer.conv1.conv, x, relu=True), _pack_conv(layer.conv2, x, relu=False),
-                None if isinstance(layer.se, nn.Identity) else layer.se) for layer in layers]
-            # glibc gives memory back to the system at once until a block of this size has been freed; at batch 1, a
-            # seventh of the time would go to getting the buffers anew for each image.
-            torch.empty(31 << 20, dtype=torch.uint8)
-            sources = [*self.parameters(), *self.buffers()]
-            _prepared[self] = (sources, _count_changes(sources), x.dtype, x.shape, steps)
-        return steps
-
-    def _apply(self, fn: Any, recurse: bool = True) -> 'FusedDenseBlock':
-        _prepared.pop(self, None)  # moved or cast
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        _prepared.pop(self, None)
-        super()._load_from_state_dict(*args, **kwargs)
+        layers: List[Any] = list(self.layers)
+        end = x.shape[1]
+        batch_size, height, width, channels = (
+            x.shape[0], x.shape[2], x.shape[3], end + sum(layer.conv2.out_channels for layer in layers))
+        if x.device.type == 'cpu':
+            _keep_freed_memory()
+        pixels = torch.empty((batch_size * height * width, channels), dtype=x.dtype, device=x.device)
+        buffer = pixels.view(batch_size, height, width, channels).permute(0, 3, 1, 2)  # channels_last
+        buffer[:, :end] = x
+        # A convolution on a CPU reorders its weights on every call. For few pixels that takes longer than its kernel
+        # saves against that of a matrix product.
+        is_product = x.device.type == 'cpu' and len(pixels) <= 1024
+        for layer in layers:
+            norm_conv, conv = layer.conv1, layer.conv1.conv
+            scale, shift = norm_conv.scale, norm_conv.shift
+            if scale.dtype != x.dtype:  # autocast
+                scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+            y = torch.addcmul(shift, pixels.narrow(1, 0, end), scale).relu_()
+            if is_product:
+                y = F.linear(y, conv.weight.flatten(1), conv.bias).relu_()
+                y = y.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
+            else:
+                y = conv(y.view(batch_size, height, width, end).permute(0, 3, 1, 2)).relu_()
+            y = layer.se(layer.conv2(y))
+            start, end = end, end + y.shape[1]
+            buffer[:, start:end] = y
+        return buffer[:, :end]
 
 
-# Beside the modules, not in them: packed weights cannot be copied or saved.
-_prepared: 'weakref.WeakKeyDictionary[FusedDenseBlock, Any]' = weakref.WeakKeyDictionary()
+@functools.lru_cache(maxsize=None)
+def _keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next tensor, once for a process.
 
-
-def _count_changes(tensors: List[torch.Tensor]) -> int:
-    return sum(0 if t.is_inference() else t._version for t in tensors)
-
-
-def _pack_conv(conv: Any, x: torch.Tensor, relu: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Give conv, then ReLU if asked, as a function.
-
-    On a CPU, a convolution reorders its weights on every call, a tenth of the time at batch 1. Here they are reordered
-    once, with the operators that torch.compile's freezing uses. They are told the input's shape: without it, oneDNN
-    takes a slow kernel for some channels (192 to 48 on 7x7, as in DenseNet-161: 45 times as slow).
+    It gives memory back to the system at once until a block of this size has been freed; at batch 1, a seventh of the
+    time would go to getting the buffers anew for each image.
     """
-    onednn = x.device.type == 'cpu' and torch.backends.mkldnn.is_available()
-    if not onednn or x.dtype not in (torch.float32, torch.bfloat16):
-        return (lambda x: conv(x).relu_()) if relu else conv
-    size = [conv.padding, conv.stride, conv.dilation, conv.groups]
-    shape = [x.shape[0], conv.in_channels, *x.shape[2:]]
-    weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach().to(x.dtype), *size, shape)
-    bias = None if conv.bias is None else conv.bias.detach().to(x.dtype)
-    run, after = torch.ops.mkldnn._convolution_pointwise.default, 'relu' if relu else 'none'
-    return lambda x: run(x, weight, bias, *size, after, [], '')
+    torch.empty(31 << 20, dtype=torch.uint8)

@@ -11,14 +11,70 @@ Papers:
     * `Memory-Efficient Implementation of DenseNets` - https://arxiv.org/abs/1707.06990, which keeps concatenations
       out of memory by computing norms, and convolutions, twice.
 """
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, List, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.variable import Variable
 
-__all__ = ['run_compiled', 'run_eager']
+from .plain import has_autocast
+
+__all__ = ['normalise', 'restore', 'run']
+
+
+def run(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, pool: bool) -> torch.Tensor:
+    """Compute a block's features, or what a norm makes of them.
+
+    Args:
+        layers: Dense layers whose norms and convolutions are plain.
+        x: The first features (B, C, H, W).
+        eps: That of the norms that read the features.
+        tail: The batch norm with ReLU that alone reads the block's output; None: the features are returned.
+        pool: Average the tail's output over 2x2 pixels.
+    """
+    return (_run_compiled if torch.compiler.is_compiling() else _run_eager)(layers, x, eps, tail, pool)
+
+
+def normalise(x: torch.Tensor, norm: Any, pool: bool = False) -> torch.Tensor:
+    """Compute norm(x), ReLU included, and the average of 2x2 pixels if asked, saving one normalised copy."""
+    return run([], x, norm.eps, norm, pool)
+
+
+def restore(x: torch.Tensor) -> AbstractContextManager[Any]:
+    """Let who saves these features for backward save nothing: they are made anew from the normalised ones.
+
+    Args:
+        x: A block's features (B, C, H, W), as `run` gave them.
+
+    Returns:
+        A context for what reads them.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if type(x.grad_fn) is not _Close._backward_cls:  # type: ignore[attr-defined]
+        return nullcontext()
+    closed: Any = x.grad_fn
+    storage, version = x.untyped_storage().data_ptr(), x._version
+    layout, x_dtype = (x.shape, x.stride()), x.dtype  # not x, which these functions would keep
+
+    def pack(t: torch.Tensor) -> Any:
+        if t.untyped_storage().data_ptr() != storage or t._version != version or t.dtype != x_dtype:
+            return t
+        return t.shape, t.stride(), t.storage_offset()
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        x_hat, = closed.saved_tensors
+        std, mean = closed.features.invstd.reciprocal(), closed.features.mean
+        x = torch.empty_strided(*layout, dtype=x_dtype, device=x_hat.device)
+        torch.addcmul(mean[:, None, None], x_hat, std[:, None, None], out=x)
+        return x.as_strided(*packed)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _update_running_stats(norm: Any, mean: torch.Tensor, var: torch.Tensor) -> None:
@@ -49,7 +105,7 @@ def _normalise(x: torch.Tensor, eps: float) -> Tuple[torch.Tensor, torch.Tensor,
     return x_hat.to(x.dtype), mean.detach(), var.detach() * (n / (n - 1))
 
 
-def run_compiled(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, pool: bool) -> torch.Tensor:
+def _run_compiled(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, pool: bool) -> torch.Tensor:
     features: List[torch.Tensor] = [x]
     normalised: List[torch.Tensor] = []
     means: List[torch.Tensor] = []
@@ -90,7 +146,7 @@ class _Features:
     """
 
     def __init__(self, x: torch.Tensor, channels: int, eps: float) -> None:
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if has_autocast(x) else x.dtype
         dtype = x.dtype if x.dtype == torch.float64 else dtype
         stats = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         shape = (x.shape[0], channels, *x.shape[2:])
@@ -102,6 +158,14 @@ class _Features:
         self.filled = 0
         self.grad: Any = None
         self.scratch: Any = None
+
+    def start_backward(self, x_hat: torch.Tensor, grad: Optional[torch.Tensor]) -> None:
+        """Take the buffer for a backward pass, at whose end all is given back, wherever it ends."""
+        self.x_hat, self.grad = x_hat, grad
+        Variable._execution_engine.queue_callback(self.release)  # type: ignore[attr-defined]
+
+    def release(self) -> None:
+        self.x_hat = self.grad = self.scratch = None
 
     def read(self, channels: int, weight: torch.Tensor, bias: torch.Tensor, scratch: bool) -> torch.Tensor:
         """Compute relu(weight * x_hat + bias) for the first channels, where asked in memory that is used again."""
@@ -130,9 +194,9 @@ class _Features:
         channels = grad.shape[1]
         x_hat = self.x_hat[:, :channels]
         torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad)
-        stats = self.mean.dtype
-        grad_bias = grad.sum((0, 2, 3), dtype=stats)
-        grad_weight = torch.mul(grad, x_hat, out=out).sum((0, 2, 3), dtype=stats)
+        # In a batch norm's backward pass the two sums are one kernel, which needs a dense copy.
+        _, grad_weight, grad_bias = _norm_backward(
+            grad, out.copy_(x_hat), self.invstd[:channels].new_ones(channels), self.eps, [False, True, True])
         scale = _channels(weight, grad.dtype)
         if self.grad is None:  # that of the norm after the block, which reads all channels
             self.grad = torch.mul(grad, scale)
@@ -141,8 +205,25 @@ class _Features:
         return grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
+def _norm_backward(
+        grad: torch.Tensor,
+        x_hat: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        mask: List[bool],
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give what `mask` asks for of the gradients of x, weight and bias of a batch norm, from what is normalised."""
+    zeros, ones = torch.zeros_like(weight), torch.ones_like(weight)
+    return torch.ops.aten.native_batch_norm_backward(grad, x_hat, weight, None, None, zeros, ones, True, eps, mask)
+
+
 def _channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.detach().to(dtype)[:, None, None]
+
+
+def _copy(bias: torch.Tensor) -> torch.Tensor:
+    """Copy a bias: a plain batch norm does not need it in backward, so it may change until then."""
+    return bias.detach().clone()
 
 
 def _conv(x: torch.Tensor, weight: torch.Tensor, conv: Any) -> torch.Tensor:
@@ -170,8 +251,7 @@ class _Append(Function):
         start, end = features.filled, features.filled + x.shape[1]
         # With a momentum of 1, the running statistics are the batch's.
         x_hat, _, invstd = torch.native_batch_norm(
-            x.to(features.mean.dtype), None, None, features.mean[start:end], features.var[start:end], True, 1.,
-            features.eps)
+            x, None, None, features.mean[start:end], features.var[start:end], True, 1., features.eps)
         features.x_hat[:, start:end] = x_hat
         features.invstd[start:end] = invstd
         features.filled = end
@@ -183,15 +263,13 @@ class _Append(Function):
     def backward(ctx: Any, grad_token: torch.Tensor) -> Any:
         features = ctx.features
         # Dense copies of the slices: the fused kernel needs them.
-        x_hat, grad = (t[:, ctx.start:ctx.end].to(features.mean.dtype).contiguous(memory_format=torch.channels_last)
+        x_hat, grad = (t[:, ctx.start:ctx.end].contiguous(memory_format=torch.channels_last)
                        for t in (features.x_hat, features.grad))
-        # x_hat has mean 0 and variance 1 already; its own scale goes in as the weight.
-        invstd = features.invstd[ctx.start:ctx.end]
-        grad_x, _, _ = torch.ops.aten.native_batch_norm_backward(
-            grad, x_hat, invstd, None, None, torch.zeros_like(invstd), torch.ones_like(invstd), True, features.eps,
-            [True, False, False])
+        # x_hat has mean 0 and variance 1 already; the scale that made it goes in as the weight.
+        grad_x, _, _ = _norm_backward(
+            grad, x_hat, features.invstd[ctx.start:ctx.end], features.eps, [True, False, False])
         if ctx.start == 0:  # the last to need them
-            features.x_hat = features.grad = features.scratch = None
+            features.release()
         return torch.zeros_like(grad_token), grad_x.to(ctx.dtype), None
 
 
@@ -209,7 +287,7 @@ class _Layer(Function):
         momentum = 1 / float(norm2.num_batches_tracked) if norm2.momentum is None else norm2.momentum
         out, mean, invstd = torch.native_batch_norm(
             bottleneck, weight2, bias2, norm2.running_mean, norm2.running_var, True, momentum, norm2.eps)
-        ctx.save_for_backward(*params, bottleneck, mean, invstd)
+        ctx.save_for_backward(weight1, _copy(bias1), conv1, weight2, _copy(bias2), conv2, bottleneck, mean, invstd)
         ctx.features, ctx.layer, ctx.channels = features, layer, channels
         return _conv(out.relu_(), conv2, layer.conv2)
 
@@ -248,17 +326,17 @@ class _Tail(Function):
         _update_running_stats(norm, features.mean, features.var)
         out = features.read(features.filled, weight, bias, scratch=pool)
         out = F.avg_pool2d(out, 2) if pool else out
-        ctx.save_for_backward(features.x_hat, weight, bias)
+        ctx.save_for_backward(features.x_hat, weight, _copy(bias))
         ctx.features, ctx.pool = features, pool
-        features.x_hat = features.scratch = None
+        features.release()
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         features = ctx.features
-        features.x_hat, weight, bias = ctx.saved_tensors
-        features.grad = None
+        x_hat, weight, bias = ctx.saved_tensors
+        features.start_backward(x_hat, None)
         out = features.read(features.filled, weight, bias, scratch=True)
         if ctx.pool:
             grad = torch.ops.aten.avg_pool2d_backward(
@@ -275,18 +353,18 @@ class _Close(Function):
     def forward(ctx: Any, token: torch.Tensor, x: torch.Tensor, features: _Features) -> torch.Tensor:
         ctx.save_for_backward(features.x_hat)
         ctx.features = features
-        features.x_hat = features.scratch = None
+        features.release()
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        ctx.features.x_hat, = ctx.saved_tensors
-        ctx.features.grad = torch.zeros_like(ctx.features.x_hat)
+        x_hat, = ctx.saved_tensors
+        ctx.features.start_backward(x_hat, torch.zeros_like(x_hat))
         return grad.new_zeros(()), grad, None
 
 
-def run_eager(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, pool: bool) -> torch.Tensor:
+def _run_eager(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, pool: bool) -> torch.Tensor:
     channels = x.shape[1] + sum(layer.conv2.out_channels for layer in layers)
     features = _Features(x, channels, eps)
     outputs = [x]

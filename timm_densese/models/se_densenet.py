@@ -7,7 +7,6 @@ Papers:
 """
 from collections import OrderedDict
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
@@ -17,12 +16,12 @@ from timm.layers import BlurPool2d
 from timm.models import build_model_with_cfg, densenet, generate_default_cfgs, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._manipulate import MATCH_PREV_GROUP
+from timm.models.densenet import _filter_torchvision_pretrained
 
-from ..errors import CheckpointMismatchError, ModelConfigError, hub_errors
-from .attention import create_channel_attn
+from ..errors import hub_errors
+from .attention import add_start, check_keys, create_channel_attn, register_start_hook
 from .dense_block import DenseBlock, DenseFeatures, SEDenseLayer
-from .transfer import checkpoint_filter_fn
-from .untrusted import MAX_PARAMETERS, check_checkpoint_file, check_model_args
+from .untrusted import check_model_args, check_source
 
 __all__ = ['SEDenseNet']
 
@@ -32,9 +31,9 @@ SE_PLACEMENTS = ('final', 'stage', 'layer')
 class SEDenseNet(densenet.DenseNet):
     """DenseNet with channel attention.
 
-    A DenseNet checkpoint's names are a subset of this model's. Loading one gives a model with the DenseNet's outputs,
-    see `timm_densese.transfer`. `feature_info` and `forward_intermediates` give the dense blocks' outputs before
-    their attention: after a transfer, these too are the DenseNet's.
+    A DenseNet checkpoint's names are a subset of this model's. Loading one, also into a parent module, gives a model
+    with the DenseNet's outputs: its tensors are taken as they are, and the attention starts as the identity.
+    `feature_info` and `forward_intermediates` give the dense blocks' outputs before their attention.
 
     Args:
         se_placement: Where attention sits.
@@ -52,7 +51,7 @@ class SEDenseNet(densenet.DenseNet):
     Raises:
         ValueError: A placement, name or size is wrong.
     """
-    attn_sites: Dict[str, str]  # each attention and the neighbour that absorbs its gates' starting constant
+    attn_sites: List[str]  # names of the attentions
 
     def __init__(
             self,
@@ -75,7 +74,7 @@ class SEDenseNet(densenet.DenseNet):
         def create_se(channels: int) -> nn.Module:
             return create_channel_attn(attn_layer, channels, rd_channels, rd_ratio, gate_layer, device, dtype)
 
-        self.attn_sites = {}
+        self.attn_sites = []
         blocks = [name for name, module in self.features.named_children() if isinstance(module, densenet.DenseBlock)]
         features: OrderedDict[str, nn.Module] = OrderedDict()
         for name, module in self.features.named_children():
@@ -87,23 +86,21 @@ class SEDenseNet(densenet.DenseNet):
             if se_placement == 'layer':
                 for layer_name, layer in list(module.items()):
                     assert isinstance(layer, densenet.DenseLayer)
-                    module[layer_name] = SEDenseLayer(layer, create_se(_get_conv(layer, 'conv2').out_channels))
-                    site = f'features.{name}.{layer_name}'
-                    self.attn_sites[f'{site}.se'] = f'{site}.conv2'
+                    module[layer_name] = SEDenseLayer(layer, create_se(layer.conv2.out_channels))  # type: ignore
+                    self.attn_sites.append(f'features.{name}.{layer_name}.se')
             elif name == blocks[-1]:
                 features[f'se{index}'] = create_se(self.num_features)
-                self.attn_sites[f'features.se{index}'] = 'features.norm5'
+                self.attn_sites.append(f'features.se{index}')
             elif se_placement == 'stage':
                 transition = self.features.get_submodule(f'transition{index}')
-                conv = _get_conv(transition, 'conv')
-                features[f'se{index}'] = create_se(conv.in_channels)
-                self.attn_sites[f'features.se{index}'] = f'features.transition{index}.norm'
-                transition.add_module('se', create_se(conv.out_channels))
-                self.attn_sites[f'features.transition{index}.se'] = f'features.transition{index}.conv'
+                features[f'se{index}'] = create_se(transition.conv.in_channels)  # type: ignore[union-attr,arg-type]
+                transition.add_module('se', create_se(transition.conv.out_channels))  # type: ignore
+                self.attn_sites += [f'features.se{index}', f'features.transition{index}.se']
         self.features = DenseFeatures(features)
         # The taps have moved: feature_info names them, feature_ends counts them.
         taps = [str(info['module']).split('.', 1)[1] for info in self.feature_info]
         self.feature_ends = [list(features).index(tap) for tap in taps]
+        register_start_hook(self, _filter_densenet)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
@@ -124,12 +121,12 @@ class SEDenseNet(densenet.DenseNet):
         """Prune layers not required for the given intermediates, see DenseNet; their attention goes too."""
         take_indices = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         left = {name for name, _ in self.named_modules()}
-        self.attn_sites = {site: neighbour for site, neighbour in self.attn_sites.items() if site in left}
+        self.attn_sites = [site for site in self.attn_sites if site in left]
         return take_indices
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """Load a state dict; a plain DenseNet's is transferred first, so that it keeps its outputs.
+        """Load a state dict, this model's or a plain DenseNet's.
 
         Args:
             state_dict: Tensors of this model, or of the DenseNet it extends, by timm's or torchvision's names.
@@ -142,18 +139,33 @@ class SEDenseNet(densenet.DenseNet):
         Raises:
             CheckpointMismatchError: With `strict`, a tensor does not fit; the model is as it was.
         """
-        try:
-            state_dict = checkpoint_filter_fn(state_dict, self, adapted=strict)
-        except CheckpointMismatchError:
-            if strict:
-                raise
+        if strict:
+            check_keys(_filter_torchvision_pretrained(dict(state_dict)), self, adapted=True)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
 
-def _get_conv(module: nn.Module, name: str) -> nn.Conv2d:
-    conv = module.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
-    return conv
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: SEDenseNet) -> Dict[str, Any]:
+    """Fit a checkpoint to an SE-DenseNet: to a DenseNet's, the attention's start is added.
+
+    Args:
+        state_dict: Tensors by timm's or torchvision's names, of a DenseNet or of this model. The classifier's classes
+            and the first convolution's channels may be others, which timm adapts.
+        model: The SE-DenseNet that they are for.
+
+    Returns:
+        A new dict by the model's names.
+
+    Raises:
+        CheckpointMismatchError: The backbone's tensors, or the attention's, are not the model's.
+    """
+    state_dict = _filter_torchvision_pretrained(dict(state_dict))
+    check_keys(state_dict, model)
+    return add_start(state_dict, model)
+
+
+def _filter_densenet(state_dict: Dict[str, Any], model: SEDenseNet) -> Dict[str, Any]:
+    """As checkpoint_filter_fn, for the model's own loading, which checks what it is asked to."""
+    return add_start(_filter_torchvision_pretrained(state_dict), model)
 
 
 def _create_se_densenet(
@@ -169,7 +181,9 @@ def _create_se_densenet(
     cfg = kwargs.get('pretrained_cfg')
     if isinstance(cfg, dict) and cfg.get('source') in ('hf-hub', 'local-dir'):
         model_args = {'num_classes': cfg.get('num_classes', 1000), **(kwargs.get('pretrained_model_args') or {})}
-        _check_config(variant, cfg, dict(growth_rate=growth_rate, block_config=block_config), model_args)
+        check_model_args(variant, model_args)
+        defaults: Dict[str, Any] = dict(growth_rate=growth_rate, block_config=block_config)
+        check_source(variant, cfg, lambda: SEDenseNet(device='meta', **{**defaults, **model_args}))
     source = resolve_pretrained_cfg(variant, cfg, kwargs.get('pretrained_cfg_overlay'))
     hub_id = None if not pretrained or source.file or source.state_dict else source.hf_hub_id
     with hub_errors(hub_id, 'load') if hub_id else nullcontext():
@@ -181,30 +195,6 @@ def _create_se_densenet(
             pretrained_filter_fn=checkpoint_filter_fn,
             **kwargs,
         )
-
-
-def _check_config(
-        variant: str,
-        cfg: Dict[str, Any],
-        defaults: Dict[str, Any],
-        model_args: Dict[str, Any],
-) -> None:
-    """Refuse a config.json, from a repository or a folder, before memory is taken for what it describes."""
-    check_model_args(variant, model_args)
-    params = sum(p.numel() for p in SEDenseNet(device='meta', **{**defaults, **model_args}).parameters())
-    if params > MAX_PARAMETERS:
-        raise ModelConfigError(
-            f'The config.json for {variant} is refused, nothing was built from it: it describes {params / 1e9:.1f} '
-            f'billion parameters, {MAX_PARAMETERS / 1e9:.1f} billion is the limit.')
-    cfg['custom_load'] = False
-    if cfg['source'] == 'hf-hub':
-        cfg['hf_hub_filename'] = 'model.safetensors'  # never a pickle
-    else:
-        folder = Path(cfg['file'])
-        if not (folder / 'model.safetensors').exists():
-            for file in folder.iterdir():
-                if file.suffix in ('.bin', '.pth', '.tar'):
-                    check_checkpoint_file(file)
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

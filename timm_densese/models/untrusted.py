@@ -8,15 +8,16 @@ import pickletools
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Mapping
+from typing import Any, Callable, Dict, Mapping
 
 import torch
+import torch.nn as nn
 
-from ..errors import CheckpointFileError, ModelConfigError
+from ..errors import CheckpointFileError, ModelConfigError, UserError
 
-__all__ = ['MAX_PARAMETERS', 'check_checkpoint_file', 'check_model_args', 'read_checkpoint']
+__all__ = ['check_checkpoint_file', 'check_model_args', 'check_net_args', 'check_source', 'read_checkpoint']
 
-MAX_PARAMETERS = 2 ** 30  # 15 times se_densenet264d
+_MAX_PARAMETERS = 2 ** 30  # 15 times se_densenet264d
 
 
 def _whole(low: int, high: int) -> Any:
@@ -79,6 +80,69 @@ def check_model_args(arch: str, args: Mapping[str, Any]) -> None:
             + (f' {", ".join(unknown)} is not an argument of this model.' if unknown else '')
             + (f' {", ".join(absurd)} is out of range.' if absurd else '')
             + ' Ask whoever published it, or create the model yourself and load the weights with checkpoint_path.')
+
+
+# Arguments of any network that are not its own: where weights come from, and where they go.
+_NOT_NET_ARGS = re.compile(r'pretrained|checkpoint_path|cache_dir|device|dtype|scriptable|exportable|no_jit')
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 64 and sum(v if isinstance(v, int) else 1 for v in value) <= 2 ** 14 and all(
+            map(_is_plain, value))
+    return value is None or _flag(value) or _text(value) or _whole(0, 2 ** 20)(value) or (
+        isinstance(value, float) and abs(value) < 2 ** 20)
+
+
+def check_net_args(arch: str, args: Mapping[str, Any]) -> None:
+    """Check the arguments of any network of timm that came from a file.
+
+    Args:
+        arch: Name of the model, for the message.
+        args: Arguments by name.
+
+    Raises:
+        ModelConfigError: An argument is none of a network's, or its value is not plain or absurd.
+    """
+    refused = sorted(f'{name}={value!r}'[:80] for name, value in args.items()
+                     if _NOT_NET_ARGS.match(str(name)) or not _is_plain(value))
+    if refused:
+        raise ModelConfigError(
+            f'The arguments for {arch} that a file gives are refused, nothing was built from them: '
+            f'{", ".join(refused)} is not taken from a file. Ask whoever published it, or create the model '
+            f'yourself and load the weights with checkpoint_path.')
+
+
+def check_source(arch: str, cfg: Dict[str, Any], create: Callable[[], nn.Module]) -> None:
+    """Check what a config.json, from a repository or a folder, describes, before memory is taken for it.
+
+    Args:
+        arch: Name of the model, for the message.
+        cfg: timm's pretrained cfg of it. It is changed, so that weights are taken as safetensors.
+        create: Creates the model that is described, on the meta device.
+
+    Raises:
+        ModelConfigError: The model cannot be created, or is too large.
+        CheckpointFileError: The folder holds a pickle that is refused.
+    """
+    try:
+        params = sum(p.numel() for p in create().parameters())
+    except UserError:
+        raise
+    except Exception as e:  # timm's constructors raise whatever they meet
+        raise ModelConfigError(
+            f'The config.json for {arch} is refused: its arguments give no model ({type(e).__name__}: {e}).') from e
+    if params > _MAX_PARAMETERS:
+        raise ModelConfigError(
+            f'The config.json for {arch} is refused, nothing was built from it: it describes {params / 1e9:.1f} '
+            f'billion parameters, {_MAX_PARAMETERS / 1e9:.1f} billion is the limit.')
+    cfg['custom_load'] = False
+    if cfg['source'] == 'hf-hub':
+        cfg['hf_hub_filename'] = 'model.safetensors'  # never a pickle
+    elif not (Path(cfg['file']) / 'model.safetensors').exists():
+        for file in Path(cfg['file']).iterdir():
+            if file.suffix in ('.bin', '.pth', '.tar'):
+                check_checkpoint_file(file)
 
 
 # All that torch.save writes for tensors, and timm's checkpoints besides.

@@ -1,0 +1,105 @@
+"""Whether a module is exactly what timm builds, and a call of it no more than a call.
+
+Linear memory and fused inference compute a dense layer in other ways than by calling it. That is the same only where
+the layer is of exactly timm's type, with exactly its parts, and nobody watches or has changed them. What is not known
+here runs as timm runs it.
+"""
+from typing import Any, Optional
+
+import torch
+import torch.nn as nn
+from timm.layers import BatchNormAct2d
+from timm.models import densenet
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+
+__all__ = [
+    'has_autocast', 'has_hooks', 'is_plain_conv', 'is_plain_module', 'is_plain_norm', 'is_plain_parts',
+    'is_plain_transition', 'is_transformed', 'same_dtype_and_device']
+
+_METHODS = frozenset(
+    name for kind in (densenet.DenseBlock, densenet.DenseLayer, densenet.DenseTransition, nn.Conv2d, BatchNormAct2d)
+    for name in dir(kind) if callable(getattr(kind, name)))
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith('_hooks'))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a module itself has hooks of any kind, or all modules have."""
+    attributes = vars(module)
+    return nn_module._has_any_global_hook() or any(attributes.get(name) for name in _HOOKS)
+
+
+def is_plain_module(module: Any, *kinds: type) -> bool:
+    """Tell whether a module is what its type says.
+
+    It is of exactly one of these types, without hooks, with its type's methods, and its tensors are torch's own.
+    """
+    if type(module) not in kinds or has_hooks(module) or not _METHODS.isdisjoint(vars(module)):
+        return False
+    tensors = (*vars(module)['_parameters'].values(), *vars(module)['_buffers'].values())
+    return all(t is None or type(t) in (nn.Parameter, torch.Tensor) for t in tensors)
+
+
+def is_plain_norm(norm: Any) -> bool:
+    """Tell whether this is timm's batch norm with ReLU, affine and with running statistics."""
+    return (
+        is_plain_module(norm, BatchNormAct2d) and is_plain_module(norm.act, nn.ReLU)
+        and is_plain_module(norm.drop, nn.Identity) and len(list(norm.children())) == 2
+        and all(isinstance(t, torch.Tensor) for t in (
+            norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked))
+        and norm.track_running_stats)
+
+
+def is_plain_conv(conv: Any, kernel_size: int, bias: Optional[bool] = False) -> bool:
+    """Tell whether this is a dense convolution that keeps height and width, padded by zeros.
+
+    Args:
+        conv: The module.
+        kernel_size: Height and width of its kernel.
+        bias: Whether it has a bias; None: does not matter.
+    """
+    return (
+        is_plain_module(conv, nn.Conv2d) and conv.kernel_size == (kernel_size, kernel_size)
+        and conv.padding == (kernel_size // 2, kernel_size // 2) and conv.padding_mode == 'zeros'
+        and conv.stride == conv.dilation == (1, 1) and conv.groups == 1
+        and isinstance(conv.weight, torch.Tensor) and bias in (None, conv.bias is not None))
+
+
+def is_plain_parts(layer: Any) -> bool:
+    """Tell whether a dense layer's norms and convolutions are timm's, with nothing between, and fit each other."""
+    names = [name for name, _ in layer.named_children()]
+    return (
+        names in (['norm1', 'conv1', 'norm2', 'conv2'], ['norm1', 'conv1', 'norm2', 'conv2', 'se'])
+        and is_plain_norm(layer.norm1) and is_plain_conv(layer.conv1, 1)
+        and is_plain_norm(layer.norm2) and is_plain_conv(layer.conv2, 3))
+
+
+def is_plain_transition(module: Any) -> bool:
+    """Tell whether this is timm's transition with an average pool, with or without an attention at its end."""
+    return (
+        is_plain_module(module, densenet.DenseTransition)
+        and [name for name, _ in module.named_children()] in (['norm', 'conv', 'pool'], ['norm', 'conv', 'pool', 'se'])
+        and is_plain_norm(module.norm) and is_plain_conv(module.conv, 1)
+        and is_plain_module(module.pool, nn.AvgPool2d)
+        and all(size in (2, (2, 2)) for size in (module.pool.kernel_size, module.pool.stride))
+        and module.pool.padding in (0, (0, 0)) and not module.pool.ceil_mode and not module.pool.divisor_override)
+
+
+def same_dtype_and_device(module: nn.Module) -> bool:
+    """Tell whether a module's floating-point tensors are of one type and on one device."""
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    return len({(t.dtype, t.device) for t in tensors}) <= 1
+
+
+@torch.jit.ignore
+def is_transformed(x: torch.Tensor) -> bool:
+    """Tell whether operators on this do more than run: a tracer, torch.func, forward-mode AD, a tensor's subclass."""
+    return (
+        type(x) is not torch.Tensor or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0)
+
+
+def has_autocast(x: torch.Tensor) -> bool:
+    """Tell whether operators on this choose their types by themselves."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
