@@ -166,7 +166,8 @@ def write_page(
         body += ['<h2>Not readable</h2>', _table(('file', 'reason'), [
             (html.escape(file), html.escape(reason)) for file, reason in results['unreadable'].items()])]
     title = html.escape(f'{results["model"]} on {dataset["name"]}')
-    file.write_text(_PAGE.format(title=title, body='\n'.join(body)), encoding='utf-8')
+    file.write_text(_PAGE.format(title=title, body='\n'.join(body)), encoding='utf-8',
+                    errors='backslashreplace')
 
 
 def _thumbnail(path: Path) -> bytes:
