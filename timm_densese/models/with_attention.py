@@ -47,10 +47,10 @@ def add_attention(
 
     The stages are the entries of `model.feature_info` after the stem. A copy of the network on the meta device shows
     which of them run what is put after them exactly once, on the feature map of the stage. The others get none; where
-    they are most, the network is put back as it was. Every key of the network's state dict stays; each attention's keys hold `.se.`. Its checkpoints still load, the attention
-    then starts anew. Layer-wise learning rates give an attention the rate of the stage it follows. It is saved as the
-    registered model 'with_attention' of this base, which `timm.create_model('with_attention', base=NAME)` creates at
-    once.
+    they are most, the network is put back as it was. Every key of the network's state dict stays; each attention's
+    keys hold `.se.`. Its checkpoints still load, the attention then starts anew. Layer-wise learning rates give an
+    attention the rate of the stage it follows. It is saved as the registered model 'with_attention' of this base,
+    which `timm.create_model('with_attention', base=NAME)` creates at once.
 
     Args:
         model: A convolutional network made by `timm.create_model`, changed in place.
