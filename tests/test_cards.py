@@ -90,7 +90,8 @@ def test_card_of_a_fine_tune(tmp_path, hub, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize('name', [
-    '猴痘', 'मंकीपॉक्स', 'ฝีดาษลิง', "Bowen's disease (M) & co.", 'a|b', '<img src=x onerror=alert(1)>', '[here](https://a.b)',
+    '猴痘', 'मंकीपॉक्स', 'ฝีดาษลิง', "Bowen's disease (M) & co.", 'a|b',
+    '<img src=x onerror=alert(1)>', '[here](https://a.b)',
     '![](x)', '**bold** _x_ chest_x', '`code`', 'https://a.b www.a.b', '&lt;b&gt;', '# heading', '$x$'])
 def test_names_keep_their_characters_and_become_nothing_else(name):
     markdown = MarkdownIt('commonmark').enable(['table', 'strikethrough'])
@@ -99,7 +100,7 @@ def test_names_keep_their_characters_and_become_nothing_else(name):
     cell = markdown.render(f'|model|\n|---|\n|{_plain(name)}|')
     assert cell.count('<td>') == cell.count('<th>') == 1
     assert html.unescape(re.search('<td>(.*)</td>', cell)[1]) == name
-    assert not re.search(r'://|www\.', _plain(name))  # of which GitHub's Markdown makes links
+    assert not re.search(r'(?<!\\)://|www\.', _plain(name))  # of which GitHub's Markdown makes links
 
 
 def test_names_stay_in_their_line_and_direction():

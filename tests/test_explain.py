@@ -141,7 +141,8 @@ def test_explain_writes_overlays_and_profiles(trained, tmp_path, capsys):
     assert all(0 < float(row['mean_gate']) < 1 and 0 < float(row['mean_gate_before']) < 1 for row in rows)
     assert Image.open(tmp_path / 'out' / 'excitation.png').size[0] > 400
     page = PageReader((tmp_path / 'out' / 'explanation.html').read_text())
-    assert page.text.startswith('Images that could not be read, and are not here: 1. What run/model_best.pth.tar looked')
+    assert page.text.startswith(
+        'Images that could not be read, and are not here: 1. What run/model_best.pth.tar looked at in 24 images')
     assert 'spots: 12 of 12 images' in page.text
     assert sum(source.startswith('data:image/jpeg') for source in page.sources) == 24
     assert sum((tmp_path / 'out' / unquote(link)).is_file() for link in page.links) == 24

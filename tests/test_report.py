@@ -39,8 +39,8 @@ def test_the_page_begins_with_warnings_and_the_score(tmp_path):
     page = PageReader((tmp_path / 'report.html').read_text(encoding='utf-8'))
     best = metrics['balanced_accuracy']
     assert page.text.startswith(
-        f'LEAK: 3 <i> No val/. run/<b> has a balanced accuracy of {best["value"]:.3f} (95% interval {best["low"]:.3f} to '
-        f'{best["high"]:.3f}) on 40 images of 7 patients or groups.')
+        f'LEAK: 3 <i> No val/. run/<b> has a balanced accuracy of {best["value"]:.3f} (95% interval {best["low"]:.3f} '
+        f'to {best["high"]:.3f}) on 40 images of 7 patients or groups.')
     for part in ('area under the ROC curve', 'guessing gives 0.33', 'log loss', 'guessing gives 1.10', 'Brier score',
                  'calibration error', 'Is 水痘, called'):
         assert part in page.text
@@ -62,7 +62,8 @@ def test_names_are_drawn_or_numbered_never_boxes(tmp_path):
     strange = ['plain', 'a$b$c$', '_under', '\U000f0000private', 'two\nlines', 'x' * 200 + 'end']
     with figure_style(strange) as drawn:
         assert drawn[:5] == ('plain', r'a\$b\$c\$', ' _under', 'class 4', 'class 5')
-        assert drawn[5].endswith('end') and len(drawn[5]) <= 30
+        assert drawn[5].endswith('end')
+        assert len(drawn[5]) <= 30
     assert 'class 4 is \U000f0000private' in figures.lettering_note(strange)
     assert figures.lettering_note(['plain', 'class 2']) == ''
     labels = np.arange(18) % 6

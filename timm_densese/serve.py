@@ -84,8 +84,8 @@ def create_page(model: Union[str, Checkpoint], calibration: Optional[Path] = Non
                 label = gr.Label(num_top_classes=_TOP_K, elem_id='prediction', label=(
                     'Prediction, calibrated' if calibration else 'Prediction, probabilities not calibrated'))
                 cam = gr.Image(label='What it looked at (Grad-CAM)', interactive=False, height=300, elem_id='cam')
-        gr.Markdown('### Gates of the channels\nA gate multiplies one channel. At 1 it leaves the channel as it is, at 0 it '
-                    'shuts it off, at 2 it doubles it.', visible=has_gates)
+        gr.Markdown('### Gates of the channels\nA gate multiplies one channel. At 1 it leaves the channel as it is, at '
+                    '0 it shuts it off, at 2 it doubles it.', visible=has_gates)
         gates = gr.Plot(show_label=False, visible=has_gates, elem_id='gates')
         button.click(answer, file, [label, cam, gates])
     return page
