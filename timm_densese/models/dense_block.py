@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from .fused import FusedDenseBlock, NormConv, fold_after
 from .linear_memory import normalise, restore, run
 from .plain import (
+    has_autocast,
     has_hooks,
     is_plain_module,
     is_plain_norm,
@@ -249,4 +250,4 @@ def _reads_normalised(norm: Any, eps: Optional[float] = None) -> bool:
 
 def _is_dtype_known(x: torch.Tensor, weights: List[torch.Tensor]) -> bool:
     dtypes = {weight.dtype for weight in weights}
-    return len(dtypes) == 1 and (dtypes == {x.dtype} or torch.is_autocast_enabled(x.device.type))
+    return len(dtypes) == 1 and (dtypes == {x.dtype} or has_autocast(x))

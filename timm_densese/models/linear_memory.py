@@ -20,6 +20,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.autograd.variable import Variable
 
+from .plain import has_autocast
+
 __all__ = ['normalise', 'restore', 'run']
 
 
@@ -144,7 +146,7 @@ class _Features:
     """
 
     def __init__(self, x: torch.Tensor, channels: int, eps: float) -> None:
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        dtype = torch.get_autocast_dtype(x.device.type) if has_autocast(x) else x.dtype
         dtype = x.dtype if x.dtype == torch.float64 else dtype
         stats = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         shape = (x.shape[0], channels, *x.shape[2:])

@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 __all__ = [
-    'has_hooks', 'is_plain_conv', 'is_plain_module', 'is_plain_norm', 'is_plain_parts', 'is_plain_transition',
-    'is_transformed', 'same_dtype_and_device']
+    'has_autocast', 'has_hooks', 'is_plain_conv', 'is_plain_module', 'is_plain_norm', 'is_plain_parts',
+    'is_plain_transition', 'is_transformed', 'same_dtype_and_device']
 
 _METHODS = frozenset(
     name for kind in (densenet.DenseBlock, densenet.DenseLayer, densenet.DenseTransition, nn.Conv2d, BatchNormAct2d)
@@ -97,3 +97,9 @@ def is_transformed(x: torch.Tensor) -> bool:
     return (
         type(x) is not torch.Tensor or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0)
+
+
+def has_autocast(x: torch.Tensor) -> bool:
+    """Tell whether operators on this choose their types by themselves."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

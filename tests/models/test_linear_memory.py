@@ -1,93 +1,27 @@
-"""The linear-memory and the fused execution of dense blocks, against timm's own."""
+"""Linear memory against timm's own training."""
 import copy
-import io
 import os
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import MethodType
 
 import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import MODELS, SMALL, relative_error
+from conftest import relative_error
 from memory import saved_megabytes  # benchmarks/memory.py
+from nets import assert_same_step, blocks, blocks_are_memory_efficient, create, images, pair, step
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
-from timm.models import densenet, reparameterize_model
+from timm.models import densenet
 from timm.utils import ModelEmaV3
+from torch.autograd import forward_ad
+from torch.nn.utils.parametrize import register_parametrization
 
 from timm_densese import SE_PLACEMENTS
 from timm_densese.models.dense_block import DenseBlock
-
-CHANNELS_LAST = torch.channels_last
-
-
-def create(name='se_densenet121', dtype=torch.float64, **kwargs):
-    """A small model in training whose affine maps and gates are not at their start."""
-    kwargs = {**SMALL, 'num_classes': 5, **kwargs} if name == 'se_densenet121' else kwargs
-    model = timm.create_model(name, dtype=dtype, **kwargs).train().to(memory_format=CHANNELS_LAST)
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.ndim == 1:
-                param.add_(torch.randn_like(param) * .3)
-            else:
-                param.add_(torch.randn_like(param) * .02)
-    return model
-
-
-def images(n=4, dtype=torch.float64, size=72):
-    return torch.randn(n, 3, size, size, dtype=dtype).to(memory_format=CHANNELS_LAST)
-
-
-def step(model, x, context=None):
-    """Output, gradients of every parameter and of the input, and buffers after a step."""
-    x = x.clone().requires_grad_()
-    torch.manual_seed(5)
-    if context:
-        with context:
-            out = model(x)
-    else:
-        out = model(x)
-    (out.float() if context else out).square().sum().backward()
-    grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
-    return out.detach(), {**grads, 'the input': x.grad}, dict(model.named_buffers())
-
-
-def pair(model):
-    """The same model, plain and in linear memory."""
-    linear = copy.deepcopy(model)
-    linear.set_grad_checkpointing()
-    assert blocks_are_memory_efficient(linear)
-    return model, linear
-
-
-def blocks(model):
-    return [m for m in model.modules() if isinstance(m, DenseBlock)]
-
-
-def blocks_are_memory_efficient(model):
-    dtype = next(model.parameters()).dtype
-    verdicts = set()
-    for block in blocks(model):
-        verdicts.add(block.is_memory_efficient(torch.randn(2, block.denselayer1.conv1.in_channels, 8, 8, dtype=dtype)))
-    assert len(verdicts) == 1
-    return verdicts.pop()
-
-
-def assert_same_step(ours, theirs, tolerance=1e-9):
-    (out, grads, buffers), (expected, expected_grads, expected_buffers) = ours, theirs
-    assert relative_error(out, expected) < tolerance
-    assert grads.keys() == expected_grads.keys()
-    for name, grad in expected_grads.items():
-        assert relative_error(grads[name], grad) < tolerance, name
-    for name, buffer in expected_buffers.items():
-        if name.endswith('num_batches_tracked'):
-            assert torch.equal(buffers[name], buffer), name
-        else:
-            assert relative_error(buffers[name], buffer) < tolerance, name
-
-
-# Linear memory.
 
 
 @pytest.mark.parametrize('kwargs', [
@@ -170,7 +104,7 @@ def test_float32_is_as_close_to_float64_as_timms():
     assert worst[0] < 2 * worst[1]
 
 
-@pytest.mark.parametrize(('name', 'limit'), [('se_densenet121', 40), ('se_densenet201', 46)])
+@pytest.mark.parametrize(('name', 'limit'), [('se_densenet121', 34), ('se_densenet201', 38.5)])
 def test_memory_saved_for_backward(name, limit):
     model = timm.create_model(name).train()
     model.set_grad_checkpointing()
@@ -179,6 +113,76 @@ def test_memory_saved_for_backward(name, limit):
     checkpointed = timm.create_model(name[len('se_'):]).train()
     checkpointed.set_grad_checkpointing()
     assert saved < .6 * saved_megabytes(checkpointed, 224)
+
+
+def test_memory_with_attention_between_the_stages():
+    model = timm.create_model('se_densenet121', se_placement='stage', memory_efficient=True).train()
+    assert saved_megabytes(model, 224) < 40
+
+
+def buffers_held(loss):
+    """What the nodes of a graph hold beside what they saved."""
+    held, seen, nodes = [], set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [n for n, _ in node.next_functions]
+            features = getattr(node, 'features', None)
+            held += [t for t in vars(features or object).values() if isinstance(t, torch.Tensor) and t.ndim > 1]
+    return held
+
+
+@pytest.mark.parametrize('frozen', [
+    (), ('conv0', 'norm0'), ('conv0', 'norm0', 'denseblock1'), ('conv0', 'norm0', 'denseblock1.denselayer1')])
+@pytest.mark.parametrize('placement', SE_PLACEMENTS)
+def test_buffers_go_after_backward(frozen, placement):
+    model = aside(se_placement=placement)
+    for name, param in model.named_parameters():
+        param.requires_grad_(not name.startswith(tuple(f'features.{f}' for f in frozen)) or not frozen)
+    loss = model(images()).square().sum()
+    loss.backward()
+    assert not buffers_held(loss)
+    loss = model(images()).square().sum()
+    torch.autograd.grad(loss, model.classifier.weight, retain_graph=True)
+    torch.autograd.grad(loss, model.features.denseblock2.denselayer2.conv1.weight)
+    assert not buffers_held(loss)
+
+
+def test_a_bias_may_change_before_backward():
+    plain, linear = pair(create())
+    x = images()
+    for model in (plain, linear):
+        loss = model(x).square().sum()
+        with torch.no_grad():
+            for m in model.modules():
+                if isinstance(m, nn.BatchNorm2d):
+                    m.bias.sub_(5)
+        loss.backward()
+    for ours, theirs in zip(linear.parameters(), plain.parameters(), strict=True):
+        assert relative_error(ours.grad, theirs.grad) < 1e-9
+
+
+@pytest.mark.parametrize('placement', SE_PLACEMENTS)
+def test_meta_device(placement):
+    with torch.device('meta'):
+        model = timm.create_model('se_densenet121', se_placement=placement, memory_efficient=True).train()
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(param.grad.is_meta for param in model.parameters())
+
+
+def test_forward_mode_steps_aside_with_a_message():
+    plain, linear = pair(create())
+    x, tangent = images(2), images(2)
+    directions = []
+    for model in (plain, linear):
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.momentum = 0.
+        message = pytest.warns(UserWarning, match='forward-mode') if model is linear else nullcontext()
+        with forward_ad.dual_level(), message:
+            directions.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, tangent))).tangent)
+    assert relative_error(directions[1], directions[0]) < 1e-9
 
 
 def test_memory_grows_linearly_with_the_layers():
@@ -317,47 +321,117 @@ def aside(**kwargs):
     return model
 
 
-def with_a_hook(model):
-    model.features.denseblock1.denselayer1.conv1.register_forward_hook(lambda *_: None)
-    model.features.denseblock2.denselayer1.norm1.register_forward_hook(lambda *_: None)
-    model.features.denseblock3.denselayer1.register_full_backward_hook(lambda *_: None)
-    return model
+def dense(model):
+    return model.features.denseblock1.denselayer1
 
 
-def with_frozen_norms(model):
-    return freeze_batch_norm_2d(model)
+class Plus(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) + 1
 
 
-def with_norms_in_eval(model):
+class Double(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def forward(conv, x):
+    return nn.Conv2d.forward(conv, x) + 1
+
+
+def bottleneck_fn(layer, xs):
+    return 2 * densenet.DenseLayer.bottleneck_fn(layer, xs)
+
+
+def eval_norms(model):
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.eval()
-    return model
 
 
-@pytest.mark.parametrize('make', [
-    lambda: convert_sync_batchnorm(aside()),
-    lambda: with_frozen_norms(aside()),
-    lambda: with_norms_in_eval(aside()),
-    lambda: with_a_hook(aside()),
-    lambda: aside(norm_layer='layernorm2d'),
-    lambda: aside(act_layer='silu'),
-], ids=['sync', 'frozen', 'eval', 'hook', 'layernorm', 'silu'])
-def test_steps_aside_exactly(make):
-    """What is not a plain batch norm with ReLU runs as in timm, to the last bit."""
-    torch.manual_seed(0)
-    model = make()
-    assert not blocks_are_memory_efficient(model)
+def instead(model, name, kind=nn.Conv2d, **kwargs):
+    conv = getattr(dense(model), name)
+    kwargs = {'kernel_size': conv.kernel_size, 'padding': conv.padding, 'bias': False, **kwargs}
+    setattr(dense(model), name, kind(conv.in_channels, conv.out_channels, dtype=torch.float64, **kwargs))
+
+
+# What somebody may do to a layer of the first block.
+OTHERS = {
+    'frozen norms': lambda m: freeze_batch_norm_2d(dense(m)),
+    'norms in eval': eval_norms,
+    'one norm in eval': lambda m: dense(m).norm2.eval(),
+    'another eps': lambda m: setattr(m.features.denseblock1.denselayer2.norm1, 'eps', 1e-3),
+    'no running statistics': lambda m: setattr(dense(m).norm1, 'track_running_stats', False),
+    'activation': lambda m: setattr(dense(m).norm1, 'act', nn.SiLU()),
+    'dropped norm': lambda m: setattr(dense(m).norm2, 'drop', nn.Hardtanh()),
+    'layernorm': lambda m: setattr(dense(m), 'norm1', timm.layers.LayerNorm2d(16, dtype=torch.float64)),
+    'bias': lambda m: instead(m, 'conv1', bias=True),
+    'subclass': lambda m: instead(m, 'conv2', Plus),
+    'reflect': lambda m: instead(m, 'conv2', padding_mode='reflect'),
+    'dilation': lambda m: instead(m, 'conv2', padding=2, dilation=2),
+    'wrapped': lambda m: setattr(dense(m), 'conv2', nn.Sequential(dense(m).conv2, nn.Tanh())),
+    'parametrization': lambda m: register_parametrization(dense(m).conv1, 'weight', Double()),
+    'spectral norm': lambda m: nn.utils.spectral_norm(dense(m).conv2),
+    'forward': lambda m: setattr(dense(m).conv1, 'forward', MethodType(forward, dense(m).conv1)),
+    'part of it': lambda m: setattr(dense(m), 'bottleneck_fn', MethodType(bottleneck_fn, dense(m))),
+    'another module': lambda m: dense(m).add_module('extra', nn.Identity()),
+    'hook': lambda m: dense(m).conv1.register_forward_hook(lambda module, args, out: out * 2),
+    'pre-hook': lambda m: dense(m).norm1.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    'hook on a layer': lambda m: dense(m).register_forward_hook(lambda module, args, out: out * 2),
+    'backward hook': lambda m: dense(m).register_full_backward_hook(
+        lambda module, grads, out: tuple(g if g is None else g * 2 for g in grads)),
+    'no checkpointing': lambda m: setattr(dense(m), 'grad_checkpointing', False),
+}
+
+
+def assert_steps_aside(model):
+    """What is not known runs as in timm, to the last bit."""
+    assert not model.features.denseblock1.is_memory_efficient(torch.randn(2, 16, 8, 8, dtype=torch.float64))
     plain = copy.deepcopy(model)
-    for block in blocks(plain):
-        block.__class__ = densenet.DenseBlock
-    plain.features.__class__ = nn.Sequential
+    plain.features.denseblock1.__class__ = densenet.DenseBlock
     x = images()
-    if any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
-        return  # it runs on GPUs only
     (out, grads, _), (expected, expected_grads, _) = step(model, x), step(plain, x)
     assert torch.equal(out, expected)
     assert all(torch.equal(grads[n], g) for n, g in expected_grads.items())
+
+
+@pytest.mark.parametrize('other', OTHERS)
+def test_steps_aside_exactly(other):
+    torch.manual_seed(0)
+    model = aside()
+    OTHERS[other](model)
+    assert_steps_aside(model)
+
+
+@pytest.mark.parametrize('kwargs', [{'norm_layer': 'layernorm2d'}, {'act_layer': 'silu'}], ids=str)
+def test_other_norms_and_activations_step_aside(kwargs):
+    assert_steps_aside(aside(**kwargs))
+
+
+def test_sync_batch_norms_step_aside():
+    assert not blocks_are_memory_efficient(convert_sync_batchnorm(aside()))  # they run on GPUs only
+
+
+def test_hooks_of_all_modules_fire():
+    model, fired = aside(), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: fired.add(module))
+    try:
+        assert_steps_aside(model)
+    finally:
+        handle.remove()
+    assert {m for block in blocks(model) for m in block.modules()} <= fired
+
+
+def test_types_that_differ_step_aside():
+    model = aside(dtype=torch.float32)
+    x = images(dtype=torch.float32)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            m.bfloat16()
+    blocks_ = blocks(model)
+    assert not any(b.is_memory_efficient(x.bfloat16()) for b in blocks_)
+    with pytest.raises(RuntimeError):
+        model(x)
 
 
 @pytest.mark.parametrize('name', ['denseblock1', 'transition1', 'transition1.norm', 'transition1.conv', 'norm5'])
@@ -370,13 +444,6 @@ def test_hooks_between_the_blocks_fire(name):
     x = images()
     assert_same_step(step(linear, x), step(plain, x))
     assert all(relative_error(a, b) < 1e-9 for a, b in zip(seen['linear'], seen['plain'], strict=True))
-
-
-def test_norms_of_another_eps_step_aside():
-    model = aside()
-    for block in blocks(model):
-        block.denselayer2.norm1.eps = 1e-3
-    assert not blocks_are_memory_efficient(model)
 
 
 def test_single_pixels_raise_as_timms_do():
@@ -420,138 +487,3 @@ def test_intermediates_in_linear_memory():
     for ours, theirs in zip(linear.forward_intermediates(x, intermediates_only=True),
                             plain.forward_intermediates(x, intermediates_only=True), strict=True):
         assert relative_error(ours, theirs) < 1e-9
-
-
-# Fused.
-
-
-def trained(name='se_densenet121', **kwargs):
-    """A model in eval mode whose statistics are no start, with signs and zeros among the scales."""
-    model = create(name, dtype=torch.float32, **kwargs).eval()
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.running_mean.normal_(0, .2)
-                m.running_var.uniform_(.3, 2)
-                m.weight.normal_()
-                m.weight[::7] = 0
-                m.weight[1::7] *= 1e-9
-    return model
-
-
-@pytest.mark.parametrize('name', MODELS)
-@torch.inference_mode()
-def test_fused_is_the_same_function(name):
-    for placement in SE_PLACEMENTS if name == 'se_densenet121' else ('final',):
-        model = trained(name, se_placement=placement, **({'block_config': (6, 12, 24, 16), 'growth_rate': 32}
-                                                         if name == 'se_densenet121' else {}))
-        fused = reparameterize_model(model)
-        assert not any(isinstance(m, DenseBlock) for m in fused.modules())
-        x = images(2, dtype=torch.float32, size=96)
-        assert relative_error(fused(x), model(x)) < 1e-5
-        for ours, theirs in zip(fused.forward_intermediates(x, intermediates_only=True),
-                                model.forward_intermediates(x, intermediates_only=True), strict=True):
-            assert relative_error(ours, theirs) < 1e-5
-
-
-@torch.no_grad()
-def test_fused_in_bfloat16():
-    model = trained(growth_rate=32, block_config=(6, 12))
-    x = images(2, dtype=torch.float32)
-    exact = model(x)
-    fused = reparameterize_model(model)
-    with torch.autocast('cpu', torch.bfloat16):
-        assert relative_error(fused(x).float(), exact) < 2 * relative_error(model(x).float(), exact)
-    x = x.bfloat16()
-    assert relative_error(fused.bfloat16()(x).float(), exact) < 2 * relative_error(model.bfloat16()(x).float(), exact)
-
-
-@torch.no_grad()
-def test_fused_follows_its_weights():
-    """Packed weights are no copy to forget: a change, a cast, a load reach the outputs."""
-    fused, other = reparameterize_model(trained()), reparameterize_model(trained())
-    x = images(2, dtype=torch.float32)
-    before = fused(x)
-    fused.features.denseblock1.layers[0].conv2.weight.mul_(2)
-    assert relative_error(fused(x), before) > 1e-3
-    fused.load_state_dict(other.state_dict())
-    assert torch.equal(fused(x), other(x))
-    assert relative_error(fused.double()(x.double()), other(x).double()) < 1e-5
-    with torch.inference_mode():
-        assert torch.equal(fused.float()(x), other(x))
-
-
-@torch.no_grad()
-def test_fused_is_copied_saved_and_scripted():
-    fused = reparameterize_model(trained())
-    x = images(2, dtype=torch.float32)
-    expected = fused(x)
-    assert torch.equal(copy.deepcopy(fused)(x), expected)
-    file = io.BytesIO()
-    torch.save(fused, file)
-    file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=False)(x), expected)
-    assert relative_error(torch.jit.script(fused)(x), expected) < 1e-5
-    assert relative_error(torch.jit.trace(fused, x)(x), expected) < 1e-5
-    assert relative_error(torch.compile(fused, fullgraph=True, backend='aot_eager')(x), expected) < 1e-5
-
-
-def test_fused_has_gradients():
-    model = trained()
-    fused = reparameterize_model(model)
-    grads = []
-    for net in (model, fused):
-        torch.manual_seed(0)
-        x = torch.randn(2, 3, 72, 72, requires_grad=True)
-        net(x).square().sum().backward()
-        grads.append(x.grad)
-    assert relative_error(*grads) < 1e-4
-
-
-def test_norms_that_cannot_be_folded_stay():
-    model = create(norm_layer='layernorm2d', dtype=torch.float32).eval()
-    fused = reparameterize_model(model)
-    assert len(blocks(fused)) == 3
-    with torch.no_grad():
-        x = images(2, dtype=torch.float32)
-        assert relative_error(fused(x), model(x)) < 1e-6
-
-
-@pytest.fixture(scope='module')
-def exported(tmp_path_factory):
-    torch.manual_seed(0)
-    fused = reparameterize_model(trained(se_placement='stage'))
-    file = tmp_path_factory.mktemp('onnx') / 'model.onnx'
-    batch = torch.export.Dim('batch', min=1, max=64)
-    torch.onnx.export(fused, (images(2, dtype=torch.float32),), file, dynamo=True, verbose=False, input_names=['x'],
-                      dynamic_shapes=({0: batch},), external_data=False)
-    x = images(3, dtype=torch.float32)
-    with torch.no_grad():
-        return file, x, fused(x)
-
-
-def test_onnx(exported):
-    onnx = pytest.importorskip('onnx', reason='onnx is missing: pip install .[test]')
-    runtime = pytest.importorskip('onnxruntime', reason='onnxruntime is missing: pip install .[test]')
-    file, x, expected = exported
-    out, = runtime.InferenceSession(file, providers=['CPUExecutionProvider']).run(None, {'x': x.contiguous().numpy()})
-    assert relative_error(torch.from_numpy(out), expected) < 1e-5
-    kinds = {node.op_type for node in onnx.load(file).graph.node}
-    assert 'BatchNormalization' in kinds  # the form that runtimes fuse
-    assert not any('Scatter' in kind for kind in kinds)
-
-
-def test_openvino(exported):
-    openvino = pytest.importorskip('openvino', reason='openvino is missing: pip install .[test]')
-    file, x, expected = exported
-    core = openvino.Core()
-    model = core.compile_model(core.read_model(file), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    assert relative_error(torch.from_numpy(model(x.contiguous().numpy())[0]), expected) < 1e-5
-
-
-@torch.no_grad()
-def test_torch_export():
-    fused = reparameterize_model(trained())
-    x = images(2, dtype=torch.float32)
-    program = torch.export.export(fused, (x,))
-    assert relative_error(program.module()(x), fused(x)) < 1e-5
