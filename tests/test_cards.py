@@ -67,7 +67,8 @@ def test_card_of_a_fine_tune(tmp_path, hub, monkeypatch, capfd):
     net = timm.create_model('se_densenet121', num_classes=2)
     torch.save({'arch': 'se_densenet121', 'state_dict': net.state_dict()}, tmp_path / 'best.pth.tar')
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump(
-        {'class_names': ['猴痘 a|b', '<script>#x'], 'pretrained': True, 'lr': .01, 'img_size': 64, 'data_dir': '/home/me'}))
+        {'class_names': ['猴痘 a|b', '<script>#x'], 'pretrained': True, 'lr': .01, 'img_size': 64,
+         'data_dir': '/home/me'}))
     (tmp_path / 'metrics.json').write_text(json.dumps(METRICS))
     assert main(['card', str(tmp_path / 'best.pth.tar'), 'owner/tuned', '--metrics', str(tmp_path / 'metrics.json'),
                  '--output', str(tmp_path / 'cards' / 'tuned.md')]) == 0
@@ -81,8 +82,8 @@ def test_card_of_a_fine_tune(tmp_path, hub, monkeypatch, capfd):
     assert results == {'accuracy': .8125, 'roc_auc': .9}
     assert (data.eval_results[0].dataset_name, data.eval_results[0].dataset_split) == ('MSLD', 'test')
     for part in ('0.812 (0.700 to 0.900)', '|densenet121|0.750||', '32 patients', 'bootstrap by patient', '- lr: 0.01',
-                 r'fine-tuned to 2 classes: 猴痘 a\|b, &lt;script&gt;\#x', 'Image size: 64 x 64',
-                 'pip install .  # in a clone of timm-densese'):
+                 r'fine-tuned to 2 classes: 猴痘 a\|b, &lt;script&gt;\#x',
+                 'Image size: 64 x 64', 'pip install .  # in a clone of timm-densese'):
         assert part in text, part
     assert '/home/me' not in text
     classify, _, _ = run_snippets(text, hub)

@@ -138,7 +138,7 @@ def test_explain_writes_overlays_and_profiles(trained, tmp_path, capsys):
     with open(tmp_path / 'out' / 'excitation.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * sum(site['channels'] for site in profile['sites'].values())
-    assert all(0 < float(row['mean_gate']) < 1 and 0 < float(row['mean_gate_before']) < 1 for row in rows)
+    assert all(0 < float(row['mean_gate']) < 2 and 0 < float(row['mean_gate_before']) < 2 for row in rows)
     assert Image.open(tmp_path / 'out' / 'excitation.png').size[0] > 400
     page = PageReader((tmp_path / 'out' / 'explanation.html').read_text())
     assert page.text.startswith(
