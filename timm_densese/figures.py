@@ -108,7 +108,7 @@ def draw_figures(
         legible = len(names) <= 40
         side = 3.6 + .25 * min(len(names), 40)
         figure = Figure(figsize=(side, side), layout='constrained')
-        ax = figure.subplots()
+        ax: Any = figure.subplots()
         ConfusionMatrixDisplay(confusion_matrix(labels, probabilities), display_labels=names if legible else None).plot(
             ax=ax, cmap='Blues', colorbar=not legible, include_values=legible,
             xticks_rotation='vertical' if len(names) > 3 else 'horizontal')

@@ -9,6 +9,8 @@ import timm.data
 from PIL import Image
 
 from timm_densese.cli import main
+from timm_densese.data.groups import find_patients
+from timm_densese.data.sources import find_source
 from timm_densese.data.splits import read_split, split_images
 from timm_densese.errors import SplitError
 
@@ -27,6 +29,12 @@ def plain_images(root, classes, n=20, name='{i:03}.png', start=0):
 
 def groups_of(output):
     return {row['file']: row['group'] for row in read_split(output).rows}
+
+
+def patients_of(src, **options):
+    images = find_source(src)
+    find_patients(images, src, **options)
+    return {image.path.relative_to(src).as_posix(): image.patient for image in images}
 
 
 # Tables.
@@ -57,11 +65,8 @@ def as_csv(rows, head='file,patient', change=lambda text: text, encoding='utf-8'
 def test_groups_tables_of_every_form(tmp_path, content):
     plain_images(tmp_path / 'src', 'AB')
     (tmp_path / 'groups.csv').write_bytes(content)
-    split_images(tmp_path / 'src', tmp_path / 'out', groups=tmp_path / 'groups.csv')
-    groups = groups_of(tmp_path / 'out')
-    assert len(set(groups.values())) == 20
-    assert all(groups[f'{label}/{i:03}.png'] == groups[f'{label}/{i + 1:03}.png'] for label in 'AB'
-               for i in range(0, 20, 2))
+    found = patients_of(tmp_path / 'src', groups=tmp_path / 'groups.csv')
+    assert {file: patient.removesuffix(', or so') for file, patient in found.items()} == dict(PATIENTS)
 
 
 @pytest.mark.parametrize('blank', ['', ' ', 'NA', 'nan', 'None', 'unknown', '?'])
@@ -69,8 +74,17 @@ def test_a_blank_patient_is_not_known(tmp_path, blank):
     plain_images(tmp_path / 'src', 'AB')
     rows = [(f, blank if i else p) for i, (f, p) in enumerate(PATIENTS)]
     (tmp_path / 'groups.csv').write_bytes(as_csv(rows))
+    found = patients_of(tmp_path / 'src', groups=tmp_path / 'groups.csv')
+    assert [patient for patient in found.values() if patient] == ['pA0']
+
+
+def test_those_without_a_patient_are_no_group(tmp_path):
+    plain_images(tmp_path / 'src', 'AB')
+    (tmp_path / 'groups.csv').write_bytes(as_csv([(f, '' if f[0] == 'A' else p) for f, p in PATIENTS]))
     split_images(tmp_path / 'src', tmp_path / 'out', groups=tmp_path / 'groups.csv')
-    assert len(set(groups_of(tmp_path / 'out').values())) == 40
+    groups = groups_of(tmp_path / 'out')
+    assert len({groups[f'A/{i:03}.png'] for i in range(20)}) == 20
+    assert len({groups[f'B/{i:03}.png'] for i in range(20)}) == 10
 
 
 @pytest.mark.parametrize(('content', 'message'), [
@@ -101,10 +115,11 @@ def test_a_bad_pattern_is_one_line(tmp_path, capsys):
 
 
 def test_patients_from_folders(tmp_path):
-    for p in range(20):
+    for p in range(4):
         plain_images(tmp_path / 'src', 'AB', 3, f'patient{p:02}/x{{i}}.png', start=3 * p)
-    split_images(tmp_path / 'src', tmp_path / 'out', group_regex=r'^(patient\d+)/')
-    assert len(set(groups_of(tmp_path / 'out').values())) == 20  # a patient's pictures of both classes
+    found = patients_of(tmp_path / 'src', group_regex=r'^(patient\d+)/')
+    assert set(found.values()) == {f'patient{p:02}' for p in range(4)}
+    assert all(patient in file for file, patient in found.items())
 
 
 @pytest.mark.parametrize('head', ['image_id,dx,lesion_id', 'Filename,Class,Patient'])
