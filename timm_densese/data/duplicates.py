@@ -333,5 +333,6 @@ def _same_pixels(a: _Features, b: _Features, mirrored: bool, affine: np.ndarray)
     (mean_x, var_x), (mean_y, var_y) = _moments(x), _moments(y)
     textured = (_window_mean(overlap) > .9) & (np.maximum(var_x, var_y) > _TEXTURE ** 2)
     correlation = (_window_mean(x * y) - mean_x * mean_y) / np.sqrt(var_x * var_y + 1)
-    agreeing = (correlation > .8) & textured
-    return bool(covered > .4 and textured.sum() > .1 * overlap.sum() and agreeing.sum() > .4 * textured.sum())
+    agreeing = ((correlation > .8) & textured).sum() / max(textured.sum(), 1)
+    # The less they overlap, the more of it must agree: what different pictures share is a small part of both.
+    return bool(textured.sum() > .1 * overlap.sum() and agreeing > max(.4, 1.3 - 1.1 * covered))
