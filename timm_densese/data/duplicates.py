@@ -36,7 +36,7 @@ __all__ = ['CopiesFound', 'Copy', 'find_copies']
 _SIDE = 256  # images are brought to this many pixels squared; other lengths below are in these pixels
 _POINTS, _ASKING = 300, 100  # points kept of an image; of these, the strongest, which ask the index
 _WINDOW = 33  # side of the square in which pixels are compared
-_TEXTURE = 3.  # grey levels of standard deviation in such a square, from which it has texture
+_TEXTURE = 4.  # grey levels of standard deviation in such a square, from which it has texture
 _NEIGHBOURS, _CANDIDATES, _VOTES = 10, 10, 3  # hits of a point; pairs tried of an image; votes that a pair needs
 _TURNS, _ZOOMS = 12, 8  # the votes' bins: 30 degrees and a factor of 2, each taken together with its neighbour
 # Of a SIFT descriptor (4 x 4 places of 8 directions): which bin lies at a bin's place in the mirrored image.
@@ -335,4 +335,4 @@ def _same_pixels(a: _Features, b: _Features, mirrored: bool, affine: np.ndarray)
     correlation = (_window_mean(x * y) - mean_x * mean_y) / np.sqrt(var_x * var_y + 1)
     agreeing = ((correlation > .8) & textured).sum() / max(textured.sum(), 1)
     # The less they overlap, the more of it must agree: what different pictures share is a small part of both.
-    return bool(textured.sum() > .1 * overlap.sum() and agreeing > max(.4, 1.3 - 1.1 * covered))
+    return bool(textured.sum() > .1 * overlap.sum() and agreeing > max(.5, 1.3 - 1.1 * covered))
