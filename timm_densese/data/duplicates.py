@@ -93,7 +93,7 @@ class _Features(NamedTuple):
 def find_copies(paths: Sequence[Path], *, known: Sequence[tuple[int, int]] = ()) -> CopiesFound:
     """Find the images that are copies of one picture.
 
-    The same images give the same result. 10,000 images take a few minutes on two cores.
+    The same images give the same result.
 
     Args:
         paths: Image files that can be read.
