@@ -371,12 +371,11 @@ def _print_balance(images: Sequence[SplitImage], folds: Optional[int]) -> None:
 
 def _contact_sheet(images: Sequence[SplitImage], pairs: Sequence[Tuple[int, int]], report: Path) -> None:
     """Draw the images that show the same picture, a pair a row."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     shown = pairs[:30]
-    fig, axes = plt.subplots(len(shown), 2, figsize=(5, 2.4 * len(shown)), layout='constrained', squeeze=False)
+    fig = Figure(figsize=(5, 2.4 * len(shown)), layout='constrained')
+    axes = fig.subplots(len(shown), 2, squeeze=False)
     for row, pair in zip(axes, shown, strict=True):
         for ax, i in zip(row, pair, strict=True):
             ax.imshow(read_image(images[i].path))
@@ -386,4 +385,3 @@ def _contact_sheet(images: Sequence[SplitImage], pairs: Sequence[Tuple[int, int]
         fig.suptitle(f'the first {len(shown)} of {len(pairs)} pairs', fontsize=8)
     report.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(report, dpi=80)
-    plt.close(fig)
