@@ -1,6 +1,10 @@
 """Copies of one picture: what find_copies finds and what it wrongly joins, beside a perceptual hash.
 
-RESULTS_LINE
+On MSLD 99.1% of 912 images are found with no false pair, on text 99.0% with none, on dermoscopy and lesions 100% with
+none; the hash finds 0.4%, 0%, 0% and 1.5%. Of the flat family half is called plain, and of the rest 74% are found; of
+patterns 87%, with one false pair. 58 ms of one core an image of MSLD. One run, on a 2-core AMD EPYC with OpenCV 5.0.0
+and FAISS 1.15.1. Thresholds were chosen on these very copies of MSLD and text: on other copies, drawn with seed 77
+after that, 98.7% of MSLD and 97.8% of text are found, with no false pair.
 
     python benchmarks/copies.py                     # MSLD in ../shared/data/msld; without it, drawn pictures only
     python benchmarks/copies.py --growth            # seconds and peak memory of 1,000, 3,000 and 10,000 images
@@ -39,7 +43,7 @@ from timm_densese.data.images import read_image
 
 COPIES, DRAWN, SIZES = 3, 100, (1_000, 3_000, 10_000)
 FILLS = (cv2.BORDER_REPLICATE, cv2.BORDER_CONSTANT, cv2.BORDER_REFLECT)
-WORDS = ('the', 'of', 'model', 'net', 'loss', 'layer', 'image', 'train', 'test', 'data', 'class', 'patient', 'score')
+LETTERS = list('eeeeetttaaaooiinnsshhrrddlucmfwypvbgk')
 # MSLD gives one picture to two patients here, seen by eye: no false pairs.
 SAME_PICTURE = {'NM110': 'NM68', 'NM32': 'NM28', 'NM12': 'NM04'}
 
@@ -108,7 +112,7 @@ def text(rng: np.random.Generator, size: int = 224) -> np.ndarray:
     for top in range(38, size - 14, 14):
         line = ''
         while draw.textlength(line, font) < size - 60:
-            line += f'{rng.choice(WORDS)} '
+            line += ''.join(rng.choice(LETTERS, rng.integers(2, 9))) + ' '
         draw.text((8, top), line, (20, 20, 20), font)
     return np.array(image)
 
@@ -190,9 +194,9 @@ def measure(method: str, paths: Sequence[Path], subjects: Sequence[str]) -> dict
         paths: Files.
         subjects: Of each original, what it shows: two of one subject are neither a copy nor a false pair.
     """
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     pairs, plain = METHODS[method](paths)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu  # the second does not mind a busy machine
     edges = np.array(pairs).reshape(-1, 2)
     graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(paths), len(paths)))
     group = connected_components(graph, directed=False)[1]
@@ -213,7 +217,8 @@ def measure(method: str, paths: Sequence[Path], subjects: Sequence[str]) -> dict
                     if subject[i] != subject[j]})
     return {'method': method, 'images': len(paths), 'plain': len(plain), 'recall': float(found[judged].mean()),
             'whole': float(whole), 'false_pairs': false, 'different_pairs': different,
-            'largest_group': max(Counter(group.tolist()).values()), 'seconds': seconds, 'false_subjects': names[:20]}
+            'largest_group': max(Counter(group.tolist()).values()), 'seconds': seconds, 'cpu_seconds': cpu,
+            'false_subjects': names[:20]}
 
 
 def grow(paths: Sequence[Path]) -> dict[str, Any]:
@@ -224,12 +229,12 @@ def grow(paths: Sequence[Path]) -> dict[str, Any]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     print('\n| family | method | images | plain | recall | originals whole | false pairs in 10,000 (number) | '
-          'largest group | seconds | peak MB |\n|---|---|---|---|---|---|---|---|---|---|')
+          'largest group | seconds | CPU seconds | peak MB |\n|---|---|---|---|---|---|---|---|---|---|---|')
     for row in rows:
         rate = 1e4 * row['false_pairs'] / row['different_pairs']
         print(f'| {row["family"]} | {row["method"]} | {row["images"]:,} | {row["plain"]} | {row["recall"]:.1%} | '
               f'{row["whole"]:.1%} | {rate:.2f} ({row["false_pairs"]}) | {row["largest_group"]} | '
-              f'{row["seconds"]:.0f} | {row.get("peak_mb", 0) or "":.5} |')
+              f'{row["seconds"]:.0f} | {row["cpu_seconds"]:.0f} | {row.get("peak_mb", 0):.0f} |')
 
 
 def main() -> None:
@@ -240,7 +245,13 @@ def main() -> None:
     args = parser.parse_args()
     file = RESULTS / 'copies.json'
     record = json.loads(file.read_text()) if file.exists() else {}
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        print_table(rows)
+        save('copies', {**{key: record.get(key) for key in ('families', 'growth')},
+                        'growth' if args.growth else 'families': rows})
+
     with tempfile.TemporaryDirectory() as folder:
         if args.growth:
             rng = np.random.default_rng(0)
@@ -248,22 +259,20 @@ def main() -> None:
             for size in SIZES:
                 with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as fresh:
                     rows.append({'family': 'drawn scenes', **fresh.submit(grow, paths[:size]).result()})
-                print_table(rows)
+                keep(rows)
         else:
             sources = sorted(args.data.glob('*/*.jpg'))
             patients = [re.sub(r'_\d+$', '', path.stem) for path in sources]
             families = {'MSLD': (lambda: (np.array(read_image(path)) for path in sources),
                                  [SAME_PICTURE.get(patient, patient) for patient in patients])} if sources else {}
-            for draw in (dermoscopy, lesion, text, flat, patterns):
+            for draw in (text, dermoscopy, lesion, flat, patterns):
                 rng = np.random.default_rng(1)
                 families[draw.__name__] = (lambda draw=draw, rng=rng: (draw(rng) for _ in range(DRAWN)),
                                            [str(i) for i in range(DRAWN)])
             for name, (originals, subjects) in families.items():
                 paths = write(Path(folder, name), originals())
                 rows += [{'family': name, **measure(method, paths, subjects)} for method in METHODS]
-                print_table(rows)
-    save('copies', {'families': record.get('families'), 'growth': record.get('growth'),
-                    'growth' if args.growth else 'families': rows})
+                keep(rows)
 
 
 if __name__ == '__main__':

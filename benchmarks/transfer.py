@@ -7,6 +7,9 @@ from ImageNet weights where the Hub answers). SE enters it with random gates, as
 compensation that this package had before (gates at 0.5, neighbours doubled); and as the identity (gates at 1). Each is
 scored as it is, then trained on, on a tenth of CIFAR-10 and on MSLD's five patient-safe folds, beside the plain net.
 
+It attained, on one core of an AMD EPYC with torch 2.14.1: at once, an accuracy of 0.10 to 0.76 with random gates and
+the plain net's 0.779 as the identity; after two epochs 0.78 in every way and place, with SE and without.
+
 It writes benchmarks/results/transfer.json and .png after every run, and goes on after an interruption. Everything
 takes one core about two hours. Read each row with its spread: two seeds, and folds of 46 images.
 """
@@ -150,28 +153,38 @@ def unpack(data: Path, work: Path) -> Path:
 
 
 def summarise(runs: list[dict]) -> str:
-    """Both tables, in Markdown: mean and least to greatest of the runs."""
-    lines = []
-    for data, metric in (('cifar10', 'accuracy'), ('msld', 'auroc'), ('msld', 'accuracy')):
-        of_data = [r for r in runs if r['data'] == data]
-        if not of_data:
+    """The table in Markdown: means of the runs, at once and after the last epoch, which follows with its extremes."""
+    blocks = []
+    for data, metric, title in (('cifar10', 'accuracy', 'CIFAR-10, accuracy'), ('msld', 'auroc', 'MSLD, AUROC')):
+        found: dict = {}
+        for run in runs:
+            if run['data'] == data:
+                found.setdefault((run['placement'], run['way']), []).append([s[metric] for s in run['scores']])
+        if not found:
             continue
-        last = max(len(r['scores']) for r in of_data) - 1
-        epochs = [0, *range(1, last + 1)] if last <= 4 else [0, 1, last // 2, last]
-        lines += ['', f'{metric} on {data}', '', '| placement | SE enters | runs | ' + ' | '.join(
-            'at once' if e == 0 else f'epoch {e}' for e in epochs) + ' |', '|' + '---|' * (3 + len(epochs))]
-        for placement, way in [('', 'plain'), *itertools.product(SE_PLACEMENTS, WAYS)]:
-            found = [r['scores'] for r in of_data if (r['placement'], r['way']) == (placement, way)]
-            if found:
-                columns = [[s[e][metric] for s in found] for e in epochs]
-                cells = [f'{statistics.mean(c):.3f} ({min(c):.3f} to {max(c):.3f})' for c in columns]
-                lines.append(f'| {placement or "no SE"} | {way} | {len(found)} | ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+        of_plain = found['', 'plain']
+        last = len(of_plain[0]) - 1
+        lines = [f'| {title} | ' + ' | '.join([f'{way}, at once' for way in WAYS]
+                                             + [f'{way}, epoch {last}' for way in WAYS]) + ' |', '|' + '---|' * 7,
+                 f'| no SE | {_cell(of_plain, 0)} | | | {_cell(of_plain, last)} | | |']
+        for placement in SE_PLACEMENTS:
+            cells = [_cell(found.get((placement, way)), epoch) for epoch in (0, last) for way in WAYS]
+            lines.append(f"| `'{placement}'` | " + ' | '.join(cells) + ' |')
+        blocks.append('\n'.join(lines))
+    return '\n\n'.join(blocks)
+
+
+def _cell(runs: list[list[float]] | None, epoch: int) -> str:
+    if not runs:
+        return ''
+    values = [run[epoch] for run in runs]
+    spread = f' ({min(values):.2f} to {max(values):.2f})' if epoch else ''
+    return f'{statistics.mean(values):.3f}{spread}'
 
 
 def draw(runs: list[dict]) -> Figure:
     figure = Figure(figsize=(10, 5.6), layout='constrained')
-    axes = figure.subplots(2, 3, sharey='row')
+    axes = figure.subplots(2, len(SE_PLACEMENTS), sharey='row', squeeze=False)
     colors = {'plain': 'black', 'random': 'tab:red', 'compensated': 'tab:orange', 'identity': 'tab:blue'}
     for row, (data, metric) in zip(axes, (('cifar10', 'accuracy'), ('msld', 'auroc')), strict=True):
         for ax, placement in zip(row, SE_PLACEMENTS, strict=True):

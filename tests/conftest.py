@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
+from html.parser import HTMLParser
 from pathlib import Path
 
 from hub_server import HubServer
@@ -188,3 +189,23 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
 def put_on_hub(hub: HubServer, repo_id: str, model: torch.nn.Module) -> None:
     """Give a repository the file that timm's have."""
     hub.put(repo_id, {'model.safetensors': safetensors.torch.save(model.state_dict())})
+
+
+class PageReader(HTMLParser):
+    """What a page shows (`text`, what is folded too) and what it fetches or links to; it may run no script."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.text, self.sources, self.links, self._style = '', [], [], False
+        self.feed(page)
+        self.text = ' '.join(self.text.partition('<body>')[2].split())
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        assert tag not in ('script', 'link', 'iframe')
+        assert not any(name.startswith('on') for name, _ in attrs)
+        self.sources += [value for name, value in attrs if name == 'src']
+        self.links += [value for name, value in attrs if name == 'href']
+        self.text += '<body>' if tag == 'body' else ' ' * (tag not in ('b', 'a'))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data

@@ -12,9 +12,58 @@ import gpu  # benchmarks/gpu.py
 import pytest
 import tables  # benchmarks/tables.py
 import throughput  # benchmarks/throughput.py
+import timm
+import torch
+import transfer
 from PIL import Image
 
+from timm_densese.demo import generate_images
+
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
+
+
+def test_the_readme_quotes_transfer():
+    record = json.loads((BENCHMARKS / 'results' / 'transfer.json').read_text())
+    readme = (BENCHMARKS.parent / 'README.md').read_text()
+    quoted = readme.split('<!-- transfer -->\n')[1].split('\n<!-- /transfer -->')[0]
+    assert quoted == transfer.summarise(record['runs'])
+
+
+@pytest.mark.slow
+def test_transfer_runs_and_goes_on(tmp_path, monkeypatch):
+    generate_images(tmp_path / 'msld', per_class=12, size=32)
+    for part in ('train', 'test'):
+        generate_images(tmp_path / 'cifar' / part, per_class=12, size=32, seed=len(part))
+    torch.save(timm.create_model('densenet121', num_classes=2).state_dict(), tmp_path / 'net.pth')
+    monkeypatch.setattr(transfer, 'RESULTS', tmp_path)
+    monkeypatch.setattr('common.RESULTS', tmp_path)
+    monkeypatch.setattr(transfer, 'SIZE', {'cifar10': 32, 'msld': 32})
+    monkeypatch.setattr(transfer, 'SE_PLACEMENTS', ('stage',))
+    monkeypatch.setattr(sys, 'argv', [
+        'transfer.py', '--weights', str(tmp_path / 'net.pth'), '--cifar10', str(tmp_path / 'cifar'), '--msld',
+        str(tmp_path / 'msld'), '--work', str(tmp_path / 'work'), '--epochs', '1', '1', '--seeds', '1', '--every', '1'])
+    real, stops = transfer.train, [2, 3]  # interrupted before the third run, and again before the sixth
+
+    def train(*args):
+        if not stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+        stops[0] -= 1
+        return real(*args)
+
+    monkeypatch.setattr(transfer, 'train', train)
+    found = []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            transfer.main()
+        found.append(json.loads((tmp_path / 'transfer.json').read_text())['runs'])
+    first, runs = found
+    assert (first, len(runs)) == (runs[:2], 5)
+    assert [(r['data'], r['way']) for r in runs] == [
+        *(('cifar10', way) for way in ('plain', *transfer.WAYS)), ('msld', 'plain')]
+    assert runs[3]['scores'][0] == runs[0]['scores'][0]  # as the identity, SE leaves the scores as they are
+    assert "| `'stage'` |" in transfer.summarise(runs)
+    assert len(transfer.draw(runs).axes) == 2
 
 
 @pytest.mark.slow

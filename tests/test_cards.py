@@ -1,4 +1,5 @@
 """Model cards: those in the repository are what the command makes, their snippets run, their metadata is the Hub's."""
+import html
 import io
 import json
 import re
@@ -10,9 +11,10 @@ import torch
 import yaml
 from conftest import MODELS, put_on_hub
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 
-from timm_densese.cards import registered_card
+from timm_densese.cards import _plain, registered_card
 from timm_densese.cli import main
 from timm_densese.publish import publish
 
@@ -65,7 +67,8 @@ def test_card_of_a_fine_tune(tmp_path, hub, monkeypatch, capfd):
     net = timm.create_model('se_densenet121', num_classes=2)
     torch.save({'arch': 'se_densenet121', 'state_dict': net.state_dict()}, tmp_path / 'best.pth.tar')
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump(
-        {'class_names': ['a|b', '<script>#x'], 'pretrained': True, 'lr': .01, 'img_size': 64, 'data_dir': '/home/me'}))
+        {'class_names': ['猴痘 a|b', '<script>#x'], 'pretrained': True, 'lr': .01, 'img_size': 64,
+         'data_dir': '/home/me'}))
     (tmp_path / 'metrics.json').write_text(json.dumps(METRICS))
     assert main(['card', str(tmp_path / 'best.pth.tar'), 'owner/tuned', '--metrics', str(tmp_path / 'metrics.json'),
                  '--output', str(tmp_path / 'cards' / 'tuned.md')]) == 0
@@ -79,11 +82,30 @@ def test_card_of_a_fine_tune(tmp_path, hub, monkeypatch, capfd):
     assert results == {'accuracy': .8125, 'roc_auc': .9}
     assert (data.eval_results[0].dataset_name, data.eval_results[0].dataset_split) == ('MSLD', 'test')
     for part in ('0.812 (0.700 to 0.900)', '|densenet121|0.750||', '32 patients', 'bootstrap by patient', '- lr: 0.01',
-                 'fine-tuned to 2 classes: ab, scriptx', 'Image size: 64 x 64'):
+                 r'fine-tuned to 2 classes: 猴痘 a\|b, &lt;script&gt;\#x',
+                 'Image size: 64 x 64', 'pip install .  # in a clone of timm-densese'):
         assert part in text, part
     assert '/home/me' not in text
     classify, _, _ = run_snippets(text, hub)
-    assert set(classify['labels']) == {'a|b', '<script>#x'}
+    assert set(classify['labels']) == {'猴痘 a|b', '<script>#x'}
+
+
+@pytest.mark.parametrize('name', [
+    '猴痘', 'मंकीपॉक्स', 'ฝีดาษลิง', "Bowen's disease (M) & co.", 'a|b',
+    '<img src=x onerror=alert(1)>', '[here](https://a.b)',
+    '![](x)', '**bold** _x_ chest_x', '`code`', 'https://a.b www.a.b', '&lt;b&gt;', '# heading', '$x$'])
+def test_names_keep_their_characters_and_become_nothing_else(name):
+    markdown = MarkdownIt('commonmark').enable(['table', 'strikethrough'])
+    page = markdown.render(f'Fine-tuned to classes: {_plain(name)}.')
+    assert html.unescape(re.sub('</?p>', '', page)).strip() == f'Fine-tuned to classes: {name}.'
+    cell = markdown.render(f'|model|\n|---|\n|{_plain(name)}|')
+    assert cell.count('<td>') == cell.count('<th>') == 1
+    assert html.unescape(re.search('<td>(.*)</td>', cell)[1]) == name
+    assert not re.search(r'(?<!\\)://|www\.', _plain(name))  # of which GitHub's Markdown makes links
+
+
+def test_names_stay_in_their_line_and_direction():
+    assert _plain('a\n# b\u202ec\x00') == r'a \# bc'
 
 
 def test_no_number_that_was_not_measured():

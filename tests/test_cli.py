@@ -1,6 +1,7 @@
 """The command line, the demo and the README, run as a new user would."""
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import timm
 from conftest import put_on_hub, run_cli, start_cli
 from PIL import Image
 
+from timm_densese.cli import create_parser
 from timm_densese.demo import generate_images
 from timm_densese.models.stats import models_table
 
@@ -36,9 +38,22 @@ def test_readme_python_runs_as_printed(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert blocks
     for block in blocks:
         exec(block, namespace)
+
+
+@pytest.mark.parametrize('page', ['README.md', *(f'docs/{p.name}' for p in sorted((ROOT / 'docs').glob('*.md')))])
+def test_commands_in_the_docs_are_understood(page, monkeypatch):
+    """Every line of a block that starts with our command, or with python -m timm_densese, parses as it stands."""
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r'^```\w*\n(.*?)^```', (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks for line in block.replace('\\\n', ' ').splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if re.match(r'(timm-densese|torchrun) ', line)]
+    assert commands or page != 'README.md'
+    for command in commands:
+        args = command[command.index('timm_densese') + 1:] if command[0] == 'torchrun' else command[1:]
+        create_parser().parse_args(args)
 
 
 def test_command_and_module_are_the_same():

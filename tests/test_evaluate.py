@@ -2,14 +2,13 @@
 import csv
 import json
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import put_on_hub
+from conftest import PageReader, put_on_hub
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn import metrics as sk
@@ -175,20 +174,15 @@ def test_two_models_in_pairs(trained, tmp_path):
 
 
 def test_the_page_is_one_file_and_the_json_makes_a_card(trained, results, tmp_path):
-    class Parser(HTMLParser):
-        sources: list
-
-        def handle_starttag(self, tag, attrs):
-            assert tag not in ('script', 'link', 'iframe')
-            self.sources += [value for name, value in attrs if name in ('src', 'href')]
-
-    page = (results / 'report.html').read_text()
-    parser = Parser()
-    parser.sources = []
-    parser.feed(page)
-    assert len(parser.sources) >= 4
-    assert all(source.startswith('data:image/') for source in parser.sources)
-    assert 'no medical device' in page
+    page = PageReader((results / 'report.html').read_text())
+    assert len(page.sources) >= 4
+    assert all(source.startswith('data:image/') for source in page.sources)
+    assert not page.links
+    assert 'no medical device' in page.text
+    found = json.loads((results / 'metrics.json').read_text())
+    best = found['metrics']['balanced_accuracy']
+    told = ' '.join(found['warnings'])
+    assert page.text.startswith(f'{told} run/model_best.pth.tar has a balanced accuracy of {best["value"]:.3f}'.strip())
     for name in ('confusion', 'roc', 'pr', 'reliability'):
         assert Image.open(results / f'{name}.png').size[0] > 300
 

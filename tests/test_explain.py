@@ -1,12 +1,13 @@
 """Grad-CAM against the closed form, gates against what they multiply, and the files."""
 import csv
 import json
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SMALL, put_on_hub, trained_densenet
+from conftest import SMALL, PageReader, put_on_hub, trained_densenet
 from PIL import Image
 from pytorch_grad_cam.utils.image import scale_cam_image
 
@@ -137,8 +138,15 @@ def test_explain_writes_overlays_and_profiles(trained, tmp_path, capsys):
     with open(tmp_path / 'out' / 'excitation.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * sum(site['channels'] for site in profile['sites'].values())
-    assert all(0 < float(row['mean_gate']) < 1 and 0 < float(row['mean_gate_before']) < 1 for row in rows)
+    assert all(0 < float(row['mean_gate']) < 2 and 0 < float(row['mean_gate_before']) < 2 for row in rows)
     assert Image.open(tmp_path / 'out' / 'excitation.png').size[0] > 400
+    page = PageReader((tmp_path / 'out' / 'explanation.html').read_text())
+    assert page.text.startswith(
+        'Images that could not be read, and are not here: 1. What run/model_best.pth.tar looked at in 24 images')
+    assert 'spots: 12 of 12 images' in page.text
+    assert sum(source.startswith('data:image/jpeg') for source in page.sources) == 24
+    assert sum((tmp_path / 'out' / unquote(link)).is_file() for link in page.links) == 24
+    assert 'At 1, the dotted line, it leaves the channel as it is' in page.text
 
 
 def test_saturated_dead_and_eta_squared(tmp_path, trained):

@@ -119,3 +119,15 @@ def test_find_images(tmp_path):
     assert names('odd', 'a/**/*.JPG', 'a') == ['odd', 'a/b/2.JPG', 'a/1.png']
     with pytest.raises(ImagesError, match='there are no images'):
         names('a', 'missing/*.png')
+
+
+def test_a_name_that_is_not_utf8_loses_no_work(trained, tmp_path, capsys):
+    """Written with its bytes to tables, and shown escaped, also by an output that takes no others."""
+    shutil.copytree(trained[0] / 'test', tmp_path / 'test')
+    first = next((tmp_path / 'test' / 'spots').iterdir())
+    first.rename(tmp_path / 'test' / 'stripes' / 'caf\udce9.png')  # so that it is among the worst errors
+    table = tmp_path / 'p.csv'
+    assert main(['predict', str(trained[1]), str(tmp_path / 'test'), '-j', '0', '--csv', str(table)]) == 0
+    assert b'caf\xe9.png' in table.read_bytes()
+    assert main(['evaluate', str(trained[1]), str(tmp_path), '--output', str(tmp_path / 'report'), '-j', '0']) == 0
+    assert 'caf\\udce9.png' in (tmp_path / 'report' / 'report.html').read_text(encoding='utf-8')

@@ -3,7 +3,9 @@
 A card holds what was counted, recorded or measured, and nothing else: a number that no file gives is not there.
 """
 import copy
+import html
 import re
+import unicodedata
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import timm
@@ -206,9 +208,13 @@ def _describe(model: Any) -> str:
             f'`{base}` of timm with channel attention' if base else f'`{arch}`')
 
 
-def _plain(value: Any) -> str:
-    """Text that cannot become a heading, a link or HTML in a card."""
-    return re.sub(r'[^\w .,:;+/%()-]', '', str(value))[:200]
+def _plain(value: Any, length: int = 200) -> str:
+    """Text as it is, in one line, that cannot become a heading, a link or HTML in a card."""
+    text = ' '.join(str(value).split())
+    # Control characters, and those that turn the direction of writing; not the joiners that scripts need.
+    text = ''.join(c for c in text if unicodedata.category(c)[0] != 'C' or c in '\u200c\u200d')[:length]
+    text = re.sub(r'[\\`*\[\]|~#$!{}]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.', r'\\\g<0>', text, flags=re.IGNORECASE)
+    return html.escape(text, quote=False)
 
 
 def _eval_results(metrics: Optional[Dict[str, Any]]) -> Optional[List[EvalResult]]:
@@ -233,7 +239,7 @@ def _results(metrics: Optional[Dict[str, Any]], name: str) -> str:
     lines = ['|model|' + '|'.join(map(_plain, names)) + '|', '|---|' + '---|' * len(names)]
     lines += [f'|{_plain(what)}|' + '|'.join(format_metric(table[n]) if n in table else '' for n in names) + '|'
               for what, table in tables.items()]
-    notes = [f'Measured by `{metrics["command"]}` on {images}.', metrics.get('conditions', ''),
+    notes = [f'Measured by `{metrics["command"]}` on {images}.', _plain(metrics.get('conditions') or '', 5000),
              f'In brackets: {metrics["interval"]}.' if metrics.get('interval') else '']
     return ' '.join(filter(None, notes)) + '\n\n' + '\n'.join(lines)
 
@@ -273,6 +279,9 @@ def _card(
     stats = model_stats(model)
     module = timm.model_entrypoint(cfg['architecture']).__module__.split('.')[0]  # of this package, timm or the user
     register = '' if module == 'timm' else f'import {module}  # registers the models\n'
+    install = 'pip install timm' + {
+        'timm': '', 'timm_densese': '\npip install .  # in a clone of timm-densese; it needs Python 3.10 or newer'}.get(
+            module, f'\n# and the module {module}, which its author has')
     features_only, shapes = _features(model, size)
     shown = '\n'.join(f'    #  torch.Size({list(shape)})' for shape in shapes)
     top_k = _TOP_K.format(k=min(5, model.num_classes)) + (_LABELS if label_names else '')
@@ -295,7 +304,7 @@ def _card(
         + (f'- **Papers:**\n  {_PAPERS}\n' if cfg['architecture'] in default_cfgs else '')
         + ('- **Needs:** the package timm-densese, imported as `timm_densese`, beside timm' if module == 'timm_densese'
            else '- **Needs:** timm' if module == 'timm' else f'- **Needs:** the module {module}, beside timm'),
-        f'## Model Usage\n{usage}',
+        f'## Model Usage\n### Installation\n```bash\n{install}\n```\n\n{usage}',
         f'## Intended Use and Limits\n{limits}',
         f'## Training\n{training}' if training else '',
         f'## Results\n{_results(metrics, name)}',

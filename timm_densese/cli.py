@@ -56,6 +56,18 @@ def main(argv: Optional[List[str]] = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files that its encoding lacks are escaped
             stream.reconfigure(errors='backslashreplace')
+    try:
+        try:
+            return _run(create_parser(), argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Create the parser of all commands."""
     parser = _Parser(prog='timm-densese', description='SE-DenseNets for timm.')
     parser.add_argument('--version', action='version', version=f'timm-densese {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
@@ -70,14 +82,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     _add_publish(commands)
     _add_card(commands)
     _add_train(commands)
-    try:
-        try:
-            return _run(parser, argv)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    return parser
 
 
 def _run(parser: argparse.ArgumentParser, argv: Optional[List[str]]) -> int:

@@ -12,6 +12,7 @@ from .data.images import list_images, read_image
 from .data.msld import MSLD_PATIENT, is_msld
 from .data.splits import read_split
 from .errors import ImagesError
+from .figures import draw_figures
 from .files import check_new_folder, new_folder, sha256
 from .metrics import (
     Scores,
@@ -26,7 +27,7 @@ from .metrics import (
     write_metrics,
 )
 from .predict import compute_logits
-from .report import draw_figures, write_page
+from .report import write_page
 
 __all__ = ['evaluate']
 
@@ -86,7 +87,7 @@ def evaluate(
         more = f' and {len(absent) - 10} more' if len(absent) > 10 else ''
         warnings.append(f'No images of {", ".join(absent[:10])}{more}: what concerns these classes is left out.')
     if scored.unreadable:
-        warnings.append(f'{len(scored.unreadable)} images could not be read and are not scored.')
+        warnings.append(f'Images that could not be read, and are not scored: {len(scored.unreadable)}.')
 
     temperature, left_out = None, 'there is no val/ to fit one on'
     val = next((name for name in ('val', str(loaded.recipe.get('val_split') or '')) if (data / name).is_dir()), '')

@@ -19,12 +19,14 @@ import torch
 import torch.nn as nn
 from PIL import Image
 
-from .checkpoints import Checkpoint, load_model
+from .checkpoints import Checkpoint, load_model, short_name
 from .data.images import find_images, read_image
 from .errors import CheckpointError, ImagesError
+from .figures import figure_style
 from .files import check_new_folder, new_folder
 from .models.attention import IdentityGate
 from .predict import load_batches
+from .report import Overlay, write_explanation
 
 __all__ = ['draw_gates', 'explain', 'grad_cam', 'overlay', 'read_gates']
 
@@ -176,15 +178,15 @@ def explain(
         device: str = '',
         batch_size: int = 16,
 ) -> Dict[str, Any]:
-    """Write Grad-CAM overlays and the excitation profiles of a model.
+    """Write Grad-CAM overlays and the excitation profiles of a model, and a page that shows them.
 
     Args:
         model: What `timm_densese.checkpoints.load_model` takes.
         images: Files, folders and patterns. Where a folder above an image is named as a class, that is its class; the
             others count for the class that the model gives them.
-        output: Folder to write, which must not exist or be empty: cam/ with an overlay for each image, and for
-            SE-DenseNets excitation.csv (site, channel, class, mean gate), excitation.json (by site: eta squared,
-            saturated and dead gates) and excitation.png.
+        output: Folder to write, which must not exist or be empty: explanation.html (needs no network), cam/ with an
+            overlay for each image, and for models with attention of this package excitation.csv (site, channel, class,
+            mean gate), excitation.json (by site: eta squared, saturated and dead gates) and excitation.png.
         before: The model before fine-tuning, to draw its gates, too.
         device: Device, by default CUDA where there is one.
         batch_size: Images a batch.
@@ -211,6 +213,7 @@ def explain(
     with new_folder(output) as work:
         (work / 'cam').mkdir()
         labels: List[int] = []
+        overlays: List[Overlay] = []
         unreadable: Dict[str, str] = {}
         gates: Dict[str, List[torch.Tensor]] = {site: [] for site in sites}
         gates_before: Dict[str, List[torch.Tensor]] = {site: [] for site in sites}
@@ -222,13 +225,17 @@ def explain(
                 continue
             batch = batch.to(loaded.device)
             with torch.inference_mode():
-                called = loaded.model(batch).argmax(1).tolist()
+                probabilities = loaded.model(batch).float().softmax(1)
+            called = probabilities.argmax(1).tolist()
             for place, prediction in zip(places, called, strict=True):
                 above = (names.index(folder.name) for folder in paths[place].parents if folder.name in names)
                 labels.append(next(above, prediction))
-            for cam, place, prediction in zip(grad_cam(loaded.model, batch, called), places, called, strict=True):
+            for cam, place, prediction, p, label in zip(
+                    grad_cam(loaded.model, batch, called), places, called, probabilities, labels[-len(places):],
+                    strict=True):
                 name = f'{place:05}-{paths[place].stem[:80]}-{_file_name(names[prediction])}.png'
                 overlay(read_image(paths[place]), cam, loaded.data_config).save(work / 'cam' / name)
+                overlays.append(Overlay(names[label], names[prediction], p[prediction].item(), f'cam/{name}'))
             if sites:
                 _append(gates, loaded, batch)
                 if earlier:
@@ -241,7 +248,9 @@ def explain(
             joined_before = {site: torch.cat(values).numpy() for site, values in gates_before.items() if values}
             profile.update(_profile(joined, joined_before, np.array(labels), names))
             _write_profile(work, profile, joined, joined_before, np.array(labels), names)
-    print(f'{len(labels)} overlays in {output / "cam"}')
+        gates_figure = (work / 'excitation.png').read_bytes() if sites else None
+        write_explanation(work / 'explanation.html', short_name(loaded.source), overlays, profile, gates_figure)
+    print(f'{output / "explanation.html"} shows it; {len(labels)} overlays are in {output / "cam"}.')
     if not sites:
         print(f'{loaded.source} has no attention of this package, so there is no excitation to show.')
     for site, row in list(profile['sites'].items())[:_SITES_SHOWN]:
@@ -305,9 +314,10 @@ def _write_profile(
                 writer.writerows([site, channel, names[i], *row] for channel, row in enumerate(
                     zip(now, *then, strict=True)))
     shown = list(profile['sites'])[:_SITES_SHOWN]
-    draw_gates({site: {names[i]: gates[site][labels == i].mean(0) for i in np.unique(labels)} for site in shown},
-               {site: before[site].mean(0) for site in shown if site in before},
-               ).savefig(work / 'excitation.png', dpi=100)
+    figure = draw_gates(
+        {site: {names[i]: gates[site][labels == i].mean(0) for i in np.unique(labels)} for site in shown},
+        {site: before[site].mean(0) for site in shown if site in before})
+    figure.savefig(work / 'excitation.png', dpi=100)
 
 
 def draw_gates(gates: Dict[str, Dict[str, np.ndarray]], before: Optional[Dict[str, np.ndarray]] = None) -> Any:
@@ -324,20 +334,22 @@ def draw_gates(gates: Dict[str, Dict[str, np.ndarray]], before: Optional[Dict[st
 
     columns = min(3, len(gates))
     rows = -(-len(gates) // columns)
-    figure = Figure(figsize=(4.2 * columns + .8, 2.6 * rows), layout='constrained')
-    axes: Any = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat[len(gates):]:
-        ax.set_axis_off()
-    for ax, (site, by_class) in zip(axes.flat, gates.items(), strict=False):
-        if before and site in before:
-            ax.plot(before[site], color='gray', lw=1, label='before')
-        ax.axhline(1, color='black', lw=.8, ls=':')
-        for label, values in by_class.items():
-            if len(by_class) == 1:
-                ax.bar(range(len(values)), values - 1, bottom=1, width=1, label=label[:24])
-            else:
-                ax.plot(values, lw=.8, label=label[:24])
-        ax.set(title=site, xlabel='channel', ylabel='mean gate', ylim=(0, 2))
-        ax.title.set_fontsize(9)
-    axes.flat[0].legend(fontsize=7)
+    classes = list(next(iter(gates.values())))
+    with figure_style(classes) as names:
+        figure = Figure(figsize=(4.2 * columns + .8, 2.6 * rows), layout='constrained')
+        axes: Any = figure.subplots(rows, columns, squeeze=False)
+        for ax in axes.flat[len(gates):]:
+            ax.set_axis_off()
+        for ax, (site, by_class) in zip(axes.flat, gates.items(), strict=False):
+            if before and site in before:
+                ax.plot(before[site], color='gray', lw=1, label='before')
+            ax.axhline(1, color='black', lw=.8, ls=':', label='1: left as it is')
+            for name, values in zip(names, by_class.values(), strict=True):
+                if len(classes) == 1:
+                    ax.bar(range(len(values)), values - 1, bottom=1, width=1, label=name)
+                else:
+                    ax.plot(values, lw=.8, label=name)
+            ax.set(title=site, xlabel='channel', ylabel='mean gate', ylim=(0, 2))
+            ax.title.set_fontsize(9)
+        axes.flat[0].legend(fontsize=7)
     return figure

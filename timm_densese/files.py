@@ -92,7 +92,8 @@ def replace_file(file: Path, content: Union[str, bytes]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f'.{file.name}')
     try:
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode('utf-8'))
+        # Names of files that are not UTF-8 keep their bytes.
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode('utf-8', 'surrogateescape'))
         os.replace(partial, file)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -13,10 +13,11 @@ from .errors import UserError
 from .explain import draw_gates, grad_cam, overlay, read_gates
 from .metrics import read_temperature
 from .predict import create_image_transform
+from .report import FONTS, STYLE
 
 __all__ = ['create_page', 'serve']
 
-NOTICE = ('**This is no medical device.** For research and teaching: its answers are not for diagnosis. Images stay on '
+NOTICE = ('This is no medical device. For research and teaching: its answers are not for diagnosis. Images stay on '
           'this computer.')
 MAX_MEGABYTES, MAX_MEGAPIXELS = 10, 40
 _TOP_K = 5
@@ -72,7 +73,8 @@ def create_page(model: Union[str, Checkpoint], calibration: Optional[Path] = Non
         return dict(zip(names, probabilities, strict=True)), cam, figure
 
     with gr.Blocks(title='timm-densese', analytics_enabled=False) as page:
-        gr.Markdown(f'# {short_name(loaded.source)}\n{NOTICE}')
+        gr.HTML(f'<div class="warning">{NOTICE}</div>')
+        gr.Markdown(f'# What {short_name(loaded.source)} makes of an image')
         with gr.Row():
             with gr.Column():
                 file = gr.File(label=f'Image, at most {MAX_MEGABYTES} MB and {MAX_MEGAPIXELS} megapixels',
@@ -81,8 +83,10 @@ def create_page(model: Union[str, Checkpoint], calibration: Optional[Path] = Non
             with gr.Column():
                 label = gr.Label(num_top_classes=_TOP_K, elem_id='prediction', label=(
                     'Prediction, calibrated' if calibration else 'Prediction, probabilities not calibrated'))
-                cam = gr.Image(label='What it looked at (Grad-CAM)', interactive=False, elem_id='cam')
-        gates = gr.Plot(label='Gates of the channels', visible=has_gates, elem_id='gates')
+                cam = gr.Image(label='What it looked at (Grad-CAM)', interactive=False, height=300, elem_id='cam')
+        gr.Markdown('### Gates of the channels\nA gate multiplies one channel. At 1 it leaves the channel as it is, at '
+                    '0 it shuts it off, at 2 it doubles it.', visible=has_gates)
+        gates = gr.Plot(show_label=False, visible=has_gates, elem_id='gates')
         button.click(answer, file, [label, cam, gates])
     return page
 
@@ -107,7 +111,8 @@ def serve(
         UserError: The model cannot be loaded, or the port is taken.
     """
     page = create_page(model, calibration, device)
-    print(NOTICE.replace('*', ''))
+    from gradio.themes import Base
+    print(NOTICE)
     local = host in ('127.0.0.1', 'localhost')
     if not local:
         print(f'WARNING: --host {host} opens the page to everybody who reaches this computer, without a password and '
@@ -115,6 +120,7 @@ def serve(
     for name in ('no_proxy', 'NO_PROXY'):  # gradio asks its own page whether it is there
         os.environ[name] = ','.join(filter(None, [os.environ.get(name), '127.0.0.1', 'localhost', host]))
     try:
-        page.launch(server_name=host, server_port=port, max_file_size=f'{MAX_MEGABYTES}mb', inbrowser=local)
+        page.launch(server_name=host, server_port=port, max_file_size=f'{MAX_MEGABYTES}mb', inbrowser=local, css=STYLE,
+                    theme=Base(primary_hue='blue', neutral_hue='slate', font=FONTS, font_mono=FONTS))
     except OSError as e:
         raise UserError(f'Port {port} of {host} cannot be opened ({e}). Choose another --port.') from e

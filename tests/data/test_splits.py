@@ -367,7 +367,7 @@ def pictures():
 PICTURES = pictures()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
                                                                    HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from('ab'), st.integers(0, 13), st.integers(0, 6), st.sampled_from(
     ['.png', '.bmp', ' mirrored.png', ' broken.jpg'])), min_size=8, max_size=40),

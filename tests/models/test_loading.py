@@ -169,6 +169,10 @@ def test_with_strict_false_and_keys_of_other_tools():
         assert set(result.unexpected_keys) == set(stray)
         assert result.missing_keys == []
         assert torch.equal(model(image), densenet(image))
+    # Another first convolution, as with other channels: the rest is the DenseNet's, and so the gates start anew.
+    model = trained_gates()
+    model.load_state_dict({k: v for k, v in densenet.state_dict().items() if 'conv0' not in k}, strict=False)
+    assert all(model.get_submodule(site).fc2.weight.abs().max() == 0 for site in model.attn_sites)
     body = {k: v for k, v in densenet.state_dict().items() if 'classifier' not in k}
     model = trained_gates()
     model.load_state_dict(body, strict=False)

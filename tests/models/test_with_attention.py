@@ -3,6 +3,7 @@ import copy
 import json
 import logging
 import pickle
+import time
 
 import pytest
 import safetensors.torch
@@ -152,6 +153,8 @@ def test_arguments_go_to_the_base():
     assert type(model.layer1.se).__name__ == 'CbamModule'
     features = timm.create_model('with_attention', base='resnet18', features_only=True, out_indices=(1, 3))
     assert [t.shape[1] for t in features(IMAGE)] == [64, 256]
+    features = timm.create_model('with_attention', base='test_convnext', features_only=True)
+    assert len(features(IMAGE)) == 4
     with torch.inference_mode():
         model = moved('resnet18')
         assert torch.allclose(torch.jit.script(model)(IMAGE), model(IMAGE), atol=1e-4)
@@ -175,9 +178,9 @@ def test_says_that_se_densenet_exists(caplog):
 
 
 @pytest.mark.parametrize(('name', 'reason'), [
-    ('vit_tiny_patch16_224', 'no entry of its feature_info holds a convolution'),
+    ('vit_tiny_patch16_224', 'no entry of its feature_info is a module with a convolution'),
     ('swin_tiny_patch4_window7_224', 'its features are NHWC'),
-    ('hrnet_w18_small', "names 'stem', which is none of its modules"),
+    ('hrnet_w18_small', 'do not pass on single feature maps'),
     ('dla34', 'would not be run once in a forward pass'),
     ('inception_v4', 'would not be run once in a forward pass'),
     ('se_densenet121', 'has an attention already'),
@@ -215,14 +218,90 @@ def test_wrong_arguments(kwargs, reason):
 
 @pytest.mark.parametrize('change', [
     {'base': 'hf-hub:owner/name'}, {'base': '../resnet18'}, {'base': 'no_such_net'}, {'checkpoint_path': '/tmp/x.pth'},
-    {'num_classes': 10 ** 9}, {'layers': [10 ** 5] * 4}, {'nope': 1}, {'device': 'cpu'}, {'pretrained_cfg': {}},
-    {'block_args': {'a': 1}},
+    {'num_classes': 10 ** 9}, {'layers': [10 ** 5] * 4}, {'layers': [500] * 4}, {'nope': 1}, {'device': 'cpu'},
+    {'block_args': {'a': 1}}, {'features_only': True}, {'base': None},
+    {'base': 'vit_tiny_patch16_224', 'depth': 10 ** 6},
+    {'input_size': [20000, 32, 32]}, {'input_size': [3, 10 ** 5, 10 ** 5]}, {'input_size': ['x', 1, 1]},
 ])
-def test_a_config_that_asks_for_more_than_a_net_is_refused(change, tmp_path):
-    timm.models.save_for_hf(timm.create_model('with_attention', base='resnet18'), tmp_path, safe_serialization=True)
-    config = json.loads((tmp_path / 'config.json').read_text())
-    config['model_args'].update(change)
-    config['num_classes'] = config['model_args'].get('num_classes', 1000)
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    with pytest.raises((ModelConfigError, ValueError, AssertionError, TypeError)):
-        timm.create_model(f'local-dir:{tmp_path}')
+def test_a_config_that_asks_for_more_than_a_net_is_refused_at_once(change, published):
+    config = json.loads((published / 'config.json').read_text())
+    where = config['pretrained_cfg'] if 'input_size' in change else config['model_args']
+    config['model_args'].pop('in_chans')
+    where.update(change)
+    config['num_classes'] = config['model_args'].get('num_classes', 5)
+    folder = published / 'changed'
+    folder.mkdir(exist_ok=True)
+    (folder / 'config.json').write_text(json.dumps(config))
+    start = time.monotonic()
+    with pytest.raises(ModelConfigError):
+        timm.create_model(f'local-dir:{folder}')
+    assert time.monotonic() - start < 30  # a depth of a million takes days
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    """A folder with a small model whose gates have moved, and its weights in other forms."""
+    folder = tmp_path_factory.mktemp('published')
+    model = moved('test_resnet')
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    return folder
+
+
+def own_features(published):
+    return timm.create_model(f'local-dir:{published}', pretrained=True).eval().forward_features(IMAGE)
+
+
+@torch.inference_mode()
+def test_its_own_weights_by_every_way_in(published, hub):
+    """Also as timm's train.py gives them, which resolves the overlay into a whole cfg; classes apart."""
+    file = str(published / 'model.safetensors')
+    hub.put('owner/attention', {'model.safetensors': (published / 'model.safetensors').read_bytes()})
+    overlay = dict(file=file, num_classes=-1)
+    resolved = timm.models.resolve_model_input_args(
+        'with_attention', {}, base='test_resnet', num_classes=2, pretrained_cfg_overlay=overlay)
+    net = dict(model_name='with_attention', base='test_resnet', num_classes=2)
+    ways = [
+        {**net, 'pretrained_cfg_overlay': overlay}, resolved, {**net, 'pretrained_cfg': overlay},
+        {**net, 'pretrained_cfg': timm.models.PretrainedCfg(**overlay)},
+        {**net, 'pretrained_cfg_overlay': dict(state_dict=safetensors.torch.load_file(file), num_classes=-1)},
+        {**net, 'pretrained_cfg_overlay': dict(hf_hub_id='owner/attention', num_classes=-1)}]
+    expected = own_features(published)
+    for way in ways:
+        model = timm.create_model(**way, pretrained=True).eval()
+        assert torch.equal(model.forward_features(IMAGE), expected), way
+        assert model.pretrained_cfg['mean'] == timm.get_pretrained_cfg('test_resnet').mean
+        assert not model.pretrained_cfg.get('state_dict')
+        assert timm.create_model(**way).pretrained_cfg['architecture'] == 'with_attention'  # without reading weights
+
+
+def test_weights_that_do_not_fit_are_named_where_timm_would_only_log(tmp_path):
+    part = {k: v for k, v in timm.create_model('test_resnet').state_dict().items() if 'layer3' not in k}
+    other = timm.create_model('se_densenet121', se_placement='layer', **SMALL).state_dict()
+    for base, weights, kwargs in (('test_resnet', part, {}), ('densenet121', other, SMALL)):
+        torch.save(weights, tmp_path / 'weights.pth')
+        with pytest.raises(CheckpointMismatchError, match=r'missing: layer3|unexpected: .*\.se\.'):
+            timm.create_model('with_attention', base=base, num_classes=2, pretrained=True, **kwargs,
+                              pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth'), num_classes=-1))
+
+
+@pytest.mark.parametrize(('base', 'sites'), [
+    ('regnetz_b16', ['stages.0.se', 'stages.1.se', 'stages.2.se']),  # feature_info ends in the head
+    ('vovnet39a', [f'stages.{i}.blocks.se' for i in range(4)]),  # a deep stem
+])
+def test_entries_without_a_place_are_left_out(base, sites):
+    assert timm.create_model('with_attention', base=base, device='meta').attn_sites == sites
+
+
+def test_what_the_base_takes_is_saved_and_loaded(tmp_path):
+    tagged = timm.create_model('test_resnet', num_classes=5)
+    tagged.pretrained_cfg['tag'] = 'of_somebody'
+    for i, model in enumerate((
+            timm.create_model('with_attention', base='test_resnet', block_args=dict(attn_layer='eca')),
+            timm.create_model('with_attention', base='test_resnet', global_pool='', num_classes=0),
+            add_attention(tagged))):
+        timm.models.save_for_hf(model, tmp_path / str(i), safe_serialization=True)
+        loaded = timm.create_model(f'local-dir:{tmp_path / str(i)}', pretrained=True)
+        with torch.inference_mode():
+            assert torch.equal(loaded.eval()(IMAGE), model.eval()(IMAGE))
+    sized = timm.create_model('with_attention', base='coatnet_nano_rw_224', img_size=160, device='meta')
+    assert len(sized.attn_sites) == 4

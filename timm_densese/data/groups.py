@@ -188,17 +188,19 @@ def _by_pattern(images: Sequence[SplitImage], src: Path, group_regex: str) -> Li
 
 def _propose(images: Sequence[SplitImage]) -> Dict[str, List[List[int]]]:
     """Images that are copies of one original by their names, for each way to name copies."""
-    where = [(image.label, image.name.rpartition('/')[0]) for image in images]
+    where = [image.path.parent for image in images]
     stems = [Path(image.name).stem for image in images]
     present = set(zip(where, stems, strict=True))
     sets: Dict[str, Dict[Tuple[object, ...], List[int]]] = defaultdict(lambda: defaultdict(list))
     numbers: Dict[Tuple[object, ...], List[int]] = defaultdict(list)
+    worded: Set[Tuple[object, ...]] = set()
     for i, (folder, stem) in enumerate(zip(where, stems, strict=True)):
         word = _WORD.fullmatch(stem)
         if match := _ROBOFLOW.fullmatch(stem):
             sets['Roboflow'][folder, match[1]].append(i)
         elif word and ((folder, word[1]) in present or re.search(r'\d', word[1])):
             sets['words'][folder, word[1]].append(i)
+            worded.add((folder, word[1]))
         else:
             sets['words'][folder, stem].append(i)  # the original, if there are copies
             if match := _KERAS.fullmatch(stem):
@@ -206,7 +208,8 @@ def _propose(images: Sequence[SplitImage]) -> Dict[str, List[List[int]]]:
                 numbers[folder, match[1], match[2]].append(int(match[3]))
     # Keras's last number is drawn at random; numbers that run are shots, crops or patients.
     running = {key for key, values in numbers.items() if max(values) - min(values) < 4 * len(values)}
-    return {way: [members for key, members in found.items() if len(members) > 1 and key not in running]
+    originals = sets['words'].keys() - worded
+    return {way: [members for key, members in found.items() if len(members) > 1 and key not in running | originals]
             for way, found in sets.items()}
 
 

@@ -43,9 +43,9 @@ class SplitTable(NamedTuple):
         """Give the group of each image, by its hashes, of the source and of the stored file."""
         return {digest: row['group'] for row in self.rows for digest in _hashes(row)}
 
-    def hashes(self, split: str = '') -> Set[str]:
-        """Give the hashes of the images, of one split or of all."""
-        return {digest for row in self.rows if not split or row[self.column] == split for digest in _hashes(row)}
+    def hashes(self, *splits: str) -> Set[str]:
+        """Give the hashes of the images, of some splits or of all."""
+        return {digest for row in self.rows if not splits or row[self.column] in splits for digest in _hashes(row)}
 
 
 def _hashes(row: Dict[str, str]) -> List[str]:
@@ -185,7 +185,11 @@ def _hold_out(images: Sequence[SplitImage], indices: np.ndarray, share: float, s
     """Choose a share of the images, whole groups, stratified: p of q folds, where p / q is near the share."""
     if not share:
         return indices[:0]
-    fraction = Fraction(share).limit_denominator(10) or Fraction(1, round(1 / share))
+    groups: Dict[str, Set[int]] = {}
+    for i in indices:
+        groups.setdefault(images[i].label, set()).add(images[i].group)
+    fewest = min(map(len, groups.values()))
+    fraction = Fraction(share).limit_denominator(min(10, fewest)) or Fraction(1, round(1 / share))
     if fraction >= 1:
         raise SplitError(
             f'{len(indices)} of {len(images)} images are left, too few for a share of {share:.0%} of them and others '
@@ -244,7 +248,8 @@ def _check_shares(
 ) -> None:
     """Say where the groups made a share another than was asked for, and refuse a test set that is far from it."""
     largest = Counter(image.group for image in images).most_common(1)[0][1]
-    labels = {image.label for image in images}
+    sizes = Counter(image.label for image in images)
+    labels = set(sizes)
     kept = sum(image.official for image in images)
     asked = {'val': val * (len(images) - kept), 'test': kept if keep_test else test * len(images)}
     for fold in range(folds or 1):
@@ -258,10 +263,16 @@ def _check_shares(
                 raise SplitError(f'{missed}. Ask for another --test, or use --folds.')
             if abs(len(found) - wanted) > max(2, .15 * wanted):
                 print(f'  NOTE: {missed}.')
-            absent = sorted(labels - {image.label for image in found})
+            counts = Counter(image.label for image in found)
+            absent = sorted(labels - set(counts))
             if found and absent:
                 print(f'  WARNING: {where}{split} has no images of {", ".join(absent[:5])}. Use another --seed or a '
                       f'larger share.')
+            uneven = [f'{label} {counts[label]} of {sizes[label]}' for label in sorted(counts)
+                      if abs(counts[label] / len(found) - sizes[label] / len(images)) > .15]
+            if len(found) > 20 and uneven and not (keep_test and split == 'test'):
+                print(f'  NOTE: {where}{split} has the classes in other shares than asked for, by the groups: '
+                      f'{", ".join(uneven[:5])} images.')
 
 
 # What is written.
@@ -360,12 +371,11 @@ def _print_balance(images: Sequence[SplitImage], folds: Optional[int]) -> None:
 
 def _contact_sheet(images: Sequence[SplitImage], pairs: Sequence[Tuple[int, int]], report: Path) -> None:
     """Draw the images that show the same picture, a pair a row."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     shown = pairs[:30]
-    fig, axes = plt.subplots(len(shown), 2, figsize=(5, 2.4 * len(shown)), layout='constrained', squeeze=False)
+    fig = Figure(figsize=(5, 2.4 * len(shown)), layout='constrained')
+    axes = fig.subplots(len(shown), 2, squeeze=False)
     for row, pair in zip(axes, shown, strict=True):
         for ax, i in zip(row, pair, strict=True):
             ax.imshow(read_image(images[i].path))
@@ -375,4 +385,3 @@ def _contact_sheet(images: Sequence[SplitImage], pairs: Sequence[Tuple[int, int]
         fig.suptitle(f'the first {len(shown)} of {len(pairs)} pairs', fontsize=8)
     report.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(report, dpi=80)
-    plt.close(fig)

@@ -197,27 +197,28 @@ def add_start(state_dict: Mapping[str, Any], model: Any) -> Dict[str, Any]:
         model: The model, on any device, with its `attn_sites` and `attn_layer`.
 
     Returns:
-        A new dict, which shares the given tensors. What is not a whole checkpoint of the network, or holds attention
-        already, gets nothing added.
+        A new dict, which shares the given tensors. What holds attention already, or less than half of the network
+        (its classifier apart), gets nothing added.
     """
     out = dict(state_dict)
     cfg = getattr(model, 'pretrained_cfg', {})
     classifiers = layer_names(cfg.get('classifier'))
     needed = [k for k in model.state_dict() if not is_attn_key(k, model) and not k.endswith('.num_batches_tracked')
               and k.rpartition('.')[0] not in classifiers]
-    if any(is_attn_key(k, model) for k in out) or not needed or not all(k in out for k in needed):
+    present = [k for k in needed if k in out]
+    if any(is_attn_key(k, model) for k in out) or not needed or len(present) < len(needed) / 2:
         return out
-    like = out[needed[0]]
+    like = out[present[0]]
     names = {name for name, _ in model.named_modules()}  # fused or pruned models have not all of them
     with torch.random.fork_rng(devices=[]):  # the caller's seed is not ours to advance
         for site in filter(names.__contains__, model.attn_sites):
             # Made anew, not copied from the model: that one may have been trained, or be on the meta device.
-            attn = copy.deepcopy(model.get_submodule(site)).to_empty(device=like.device)
+            attn = copy.deepcopy(model.get_submodule(site)).to_empty(device='cpu')
             for module in reversed(list(attn.modules())):
                 if callable(reset := getattr(module, 'reset_parameters', None)):
                     reset()
             _zero_gate_inputs(attn, model.attn_layer)
-            out.update({f'{site}.{k}': v for k, v in attn.to(like.dtype).state_dict().items()})
+            out.update({f'{site}.{k}': v for k, v in attn.to(like.device, like.dtype).state_dict().items()})
     return out
 
 

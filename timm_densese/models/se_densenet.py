@@ -180,7 +180,9 @@ def _create_se_densenet(
     kwargs['block_config'] = block_config
     cfg = kwargs.get('pretrained_cfg')
     if isinstance(cfg, dict) and cfg.get('source') in ('hf-hub', 'local-dir'):
-        model_args = {'num_classes': cfg.get('num_classes', 1000), **(kwargs.get('pretrained_model_args') or {})}
+        # As build_model_with_cfg completes them.
+        model_args = {'num_classes': cfg.get('num_classes', 1000), 'in_chans': (cfg.get('input_size') or (3,))[0],
+                      **(kwargs.get('pretrained_model_args') or {})}
         check_model_args(variant, model_args)
         defaults: Dict[str, Any] = dict(growth_rate=growth_rate, block_config=block_config)
         check_source(variant, cfg, lambda: SEDenseNet(device='meta', **{**defaults, **model_args}))

@@ -4,6 +4,7 @@ No code from a repository is ever run: models are this package's, weights are sa
 it holds nothing but tensors, plain values and an argparse.Namespace.
 """
 import argparse
+import math
 import pickletools
 import re
 import zipfile
@@ -12,12 +13,15 @@ from typing import Any, Callable, Dict, Mapping
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import CheckpointFileError, ModelConfigError, UserError
 
 __all__ = ['check_checkpoint_file', 'check_model_args', 'check_net_args', 'check_source', 'read_checkpoint']
 
 _MAX_PARAMETERS = 2 ** 30  # 15 times se_densenet264d
+_MAX_MODULES = 10_000  # ten times se_densenet264d
+_MAX_PIXELS = 2 ** 24  # numbers in one image
 
 
 def _whole(low: int, high: int) -> Any:
@@ -83,13 +87,17 @@ def check_model_args(arch: str, args: Mapping[str, Any]) -> None:
 
 
 # Arguments of any network that are not its own: where weights come from, and where they go.
-_NOT_NET_ARGS = re.compile(r'pretrained|checkpoint_path|cache_dir|device|dtype|scriptable|exportable|no_jit')
+_NOT_NET_ARGS = re.compile(
+    r'pretrained|checkpoint_path|cache_dir|device|dtype|scriptable|exportable|no_jit|features_only|out_indices|'
+    r'feature_cls|pruned|kwargs_filter')
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return len(value) <= 64 and sum(v if isinstance(v, int) else 1 for v in value) <= 2 ** 14 and all(
             map(_is_plain, value))
+    if isinstance(value, dict):
+        return len(value) <= 16 and all(map(_text, value)) and all(map(_is_plain, value.values()))
     return value is None or _flag(value) or _text(value) or _whole(0, 2 ** 20)(value) or (
         isinstance(value, float) and abs(value) < 2 ** 20)
 
@@ -125,6 +133,21 @@ def check_source(arch: str, cfg: Dict[str, Any], create: Callable[[], nn.Module]
         ModelConfigError: The model cannot be created, or is too large.
         CheckpointFileError: The folder holds a pickle that is refused.
     """
+    modules = 0
+
+    def count(module: nn.Module, name: str, child: Any) -> None:
+        nonlocal modules
+        modules += 1
+        if modules > _MAX_MODULES:  # also the meta device takes time for each
+            raise ModelConfigError(
+                f'The config.json for {arch} is refused: it describes more than {_MAX_MODULES} layers.')
+
+    for key in ('input_size', 'test_input_size', 'min_input_size'):
+        size = cfg.get(key)
+        if size is not None and not (isinstance(size, (list, tuple)) and len(size) == 3 and all(
+                map(_whole(1, 2 ** 13), size)) and size[0] <= 1024 and math.prod(size) <= _MAX_PIXELS):
+            raise ModelConfigError(f'The config.json for {arch} is refused: {key}={size!r:.80} is out of range.')
+    handle = register_module_module_registration_hook(count)
     try:
         params = sum(p.numel() for p in create().parameters())
     except UserError:
@@ -132,6 +155,8 @@ def check_source(arch: str, cfg: Dict[str, Any], create: Callable[[], nn.Module]
     except Exception as e:  # timm's constructors raise whatever they meet
         raise ModelConfigError(
             f'The config.json for {arch} is refused: its arguments give no model ({type(e).__name__}: {e}).') from e
+    finally:
+        handle.remove()
     if params > _MAX_PARAMETERS:
         raise ModelConfigError(
             f'The config.json for {arch} is refused, nothing was built from it: it describes {params / 1e9:.1f} '

@@ -147,9 +147,9 @@ class Records:
         figure = Figure(figsize=(9, 3.2), layout='constrained')
         left, right = figure.subplots(1, 2)
         for key, label in (('train_loss', 'train'), ('eval_loss', 'validation')):
-            left.plot(epochs, [row[key] for row in rows], label=label)
+            left.plot(epochs, [row[key] for row in rows], '.-', label=label)
         for key, label in (('eval_top1', 'top-1'), ('eval_balanced_top1', 'balanced')):
-            right.plot(epochs, [row[key] for row in rows], label=label)
+            right.plot(epochs, [row[key] for row in rows], '.-', label=label)
         left.set(xlabel='epoch', ylabel='loss')
         right.set(xlabel='epoch', ylabel='validation accuracy (%)')
         for axes in (left, right):
