@@ -1,7 +1,7 @@
 """Memory saved for backward: timm's DenseNets, their checkpointing, and SE-DenseNets in linear memory.
 
 At 224x224 in float32, MB an image (torch 2.14.1): densenet121 130.4 plainly, 62.9 with timm's checkpointing,
-se_densenet121 33.7; densenet201 203.0, 71.2 and 38.0. Exact on every machine, as nothing is timed.
+se_densenet121 33.3; densenet201 203.0, 71.2 and 37.2. Exact on every machine, as nothing is timed.
 
     python benchmarks/memory.py
 """

@@ -96,7 +96,7 @@ CHANGES = {
     'data': lambda net: scale_all(p.data for p in net.parameters()),
     'vector': lambda net: vector_to_parameters(parameters_to_vector(net.parameters()) * 1.1, net.parameters()),
     'new parameters': replace_parameters,
-    'other weights': lambda net: net.features.load_state_dict(reparameterize_model(trained()).features.state_dict()),
+    'other weights': lambda net: net.load_state_dict(reparameterize_model(trained()).state_dict()),
     'prune': lambda net: [prune.l1_unstructured(m, 'weight', .5) for m in list(net.modules())
                           if isinstance(m, nn.Conv2d)],
     'parametrization': lambda net: register_parametrization(conv1(net), 'weight', Double()),
@@ -151,8 +151,7 @@ def test_fused_loads_its_own_state(placement):
     fused = reparameterize_model(trained(se_placement=placement))
     other = reparameterize_model(trained(se_placement=placement))
     x = images(2, dtype=torch.float32)
-    other.features.load_state_dict(fused.features.state_dict())
-    other.classifier.load_state_dict(fused.classifier.state_dict())
+    other.load_state_dict(fused.state_dict())
     assert torch.equal(other(x), fused(x))
     assert relative_error(fused.double()(x.double()), other(x).double()) < 1e-5
 
