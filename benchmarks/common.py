@@ -1,5 +1,6 @@
 """What the benchmarks share: the models, what is timed, interleaved timing, peak memory, the machine, and results."""
 import ctypes
+import functools
 import gc
 import json
 import multiprocessing
@@ -29,7 +30,7 @@ RESULTS = Path(__file__).parent / 'results'
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 COMPILED = ('compile', 'freezing', 'max-autotune')
 Run = Callable[[], Any]
-# What TINY_NETS=1 makes of the nets, for a dry run that asks whether all runs and not how fast.
+# What TINY_NETS=1 makes of the nets, for a dry run that asks whether all runs and not how fast. Nothing is compiled.
 TINY: dict[str, dict[str, Any]] = {
     'densenet121': {'growth_rate': 4, 'block_config': (1, 2)}, 'seresnet50': {'layers': (1, 1, 1, 1)},
     'rdnet_tiny': {'num_init_features': 8, 'growth_rates': [8, 8], 'num_blocks_list': [1, 1],
@@ -105,8 +106,7 @@ def peak_memory(*args: Any, limit: float | None = None) -> float | None:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     if sys.platform != 'linux':
         return None
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['common', 'timm_densese'])
+    context = _processes()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_peak_alone, args=(sender, args, torch.get_num_threads(), limit or _available()))
     process.start()
@@ -119,6 +119,15 @@ def peak_memory(*args: Any, limit: float | None = None) -> float | None:
     if isinstance(answer, Exception):
         raise answer
     return answer
+
+
+@functools.lru_cache(maxsize=None)
+def _processes() -> Any:
+    """Processes that are forked from one that has imported everything."""
+    os.environ['PYTHONPATH'] = os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')])
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['__main__', 'common', 'torch._inductor.config'])
+    return context
 
 
 def _peak_alone(sender: Any, args: tuple[Any, ...], threads: int, limit: float) -> None:
@@ -262,8 +271,11 @@ def build(kind: str, model: str, execution: str, dtype: str, batch_size: int, si
         return openvino_run(file, x, {'float32': 'f32', 'bfloat16': 'bf16'}[dtype])
 
     net = create(model, kind == 'train').to(device(), memory_format=torch.channels_last)
-    forward = net if execution not in COMPILED else torch.compile(
-        net, mode='max-autotune' if execution == 'max-autotune' else 'default')
+    forward = net
+    if execution in COMPILED:
+        backend = {'backend': 'aot_eager'} if os.environ.get('TINY_NETS') else {
+            'mode': 'max-autotune' if execution == 'max-autotune' else 'default'}
+        forward = torch.compile(net, **backend)
     if kind == 'train':
         run = training_step(net, x, DTYPES[dtype], forward, torch.optim.SGD(net.parameters(), lr=1e-4, momentum=.9))
     else:

@@ -97,6 +97,8 @@ def measure_bytes(size: int, batch_size: int) -> dict[str, dict[str, float | Non
 def measure_largest(bench: Bench, kind: str, models: tuple[str, ...], guess: int, limit: float | None) -> None:
     for model in models:
         size = largest_batch(kind, model, 'bfloat16', bench.size, guess, limit)
+        if not size:
+            raise RuntimeError(f'one image of {model} does not fit')
         with tempfile.TemporaryDirectory() as folder:
             bench.group(kind, 'eager', 'bfloat16', {model: size}, Path(folder), 'largest')
 
