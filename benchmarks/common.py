@@ -1,24 +1,40 @@
-"""What the benchmarks share: interleaved timing, peak memory, exported models, the machine, and where results go."""
+"""What the benchmarks share: the models, what is timed, interleaved timing, peak memory, the machine, and results."""
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
 import platform
+import re
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
+import torchvision
 from tqdm import tqdm
 
+import timm_densese  # noqa: F401
 from timm_densese.files import replace_file
 
 RESULTS = Path(__file__).parent / 'results'
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+COMPILED = ('compile', 'freezing', 'max-autotune')
+Run = Callable[[], Any]
+# What TINY_NETS=1 makes of the nets, for a dry run that asks whether all runs and not how fast.
+TINY: dict[str, dict[str, Any]] = {
+    'densenet121': {'growth_rate': 4, 'block_config': (1, 2)}, 'seresnet50': {'layers': (1, 1, 1, 1)},
+    'rdnet_tiny': {'num_init_features': 8, 'growth_rates': [8, 8], 'num_blocks_list': [1, 1],
+                   'is_downsample_block': [None, True], 'transition_compression_ratio': .5,
+                   'block_type': ['Block', 'Block']}}
 
 
 def interleave(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -36,13 +52,13 @@ def interleave(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2
     names = list(runs)
     for i in tqdm(range(-warmup, repeats), desc=', '.join(names), unit='round', leave=False):
         for name in names[i % len(names):] + names[:i % len(names)]:
-            elapsed = _time(runs[name])
+            elapsed = time_run(runs[name])
             if i >= 0:
                 seconds[name].append(elapsed)
     return seconds
 
 
-def _time(run: Callable[[], Any]) -> float:
+def time_run(run: Callable[[], Any]) -> float:
     if not torch.cuda.is_available():
         start = time.perf_counter()
         run()
@@ -53,40 +69,87 @@ def _time(run: Callable[[], Any]) -> float:
     run()
     events[1].record()
     torch.cuda.synchronize()
-    return events[0].elapsed_time(events[1]) / 1e3
+    return events[0].elapsedtime_run(events[1]) / 1e3
 
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def ratio(seconds: dict[str, list[float]], base: str, name: str) -> float:
-    """How many times faster than `base` is `name`: the median of the rounds' ratios, which drift does not reach."""
-    return statistics.median(b / n for b, n in zip(seconds[base], seconds[name], strict=True))
+def ratio(seconds: dict[str, list[float]], base: str, name: str) -> tuple[float, float, float]:
+    """How many times faster than `base` is `name`: quartiles of the rounds' ratios, which drift does not reach."""
+    ratios = [b / n for b, n in zip(seconds[base], seconds[name], strict=True)]
+    first, median, third = statistics.quantiles(ratios, n=4, method='inclusive')
+    return first, median, third
 
 
-def peak_memory(build: Callable[[], Callable[[], Any]]) -> tuple[Callable[[], Any], float | None, float]:
-    """Build something and run it twice: the first run warms up, the second is measured.
+def peak_memory(*args: Any, limit: float | None = None) -> float | None:
+    """Measure what `build(*args)` and its runs need at most, over what was in use before, in MB.
 
-    Args:
-        build: Makes the function to run.
+    On CUDA by the allocator, of the building and two runs. On a CPU of resident memory in the second run, in a process
+    of its own, which no other model has grown; on Linux only, None elsewhere.
 
-    Returns:
-        That function; the peak over what was in use before it was built, in MB, by the allocator on CUDA, of resident
-        memory on Linux's CPUs and of the second run only there (None elsewhere); and the seconds of the second run.
+    Raises:
+        MemoryError: It needs more than `limit` GB, or than there is.
     """
-    before = _in_use()
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # not later: a recorded graph takes its memory when it is built
-    run = build()
-    run()
-    if not torch.cuda.is_available() and sys.platform == 'linux':
+        before = _in_use()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            run = build(*args)
+            run()
+            run()
+            torch.cuda.synchronize()
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from None
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    if sys.platform != 'linux':
+        return None
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['common', 'timm_densese'])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_peak_alone, args=(sender, args, torch.get_num_threads(), limit or _available()))
+    process.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:  # an allocation that fails halfway through an operator ends the process
+        answer = MemoryError(f'more than {limit or _available():.1f} GB')
+    process.join()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _peak_alone(sender: Any, args: tuple[Any, ...], threads: int, limit: float) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what fails here is the answer
+    torch.set_num_threads(threads)
+    kind, dtype, folder = args[0], args[3], args[6]
+    try:
+        with suppress(Exception):  # libraries and kernels, which are no model's memory
+            build(kind, 'densenet121', 'eager', dtype, 1, 32, folder)()
+        before = _in_use()
+        # What is asked for is more than what is used. This only keeps the machine from swapping.
+        resource.setrlimit(resource.RLIMIT_AS, (status('VmSize') + int(1.5 * limit * 1e9 + 5e8),) * 2)
+        run = build(*args)
+        run()
         _in_use()
         Path('/proc/self/clear_refs').write_text('5')  # starts the peak of resident memory anew
-    seconds = _time(run)
-    if torch.cuda.is_available():
-        return run, (torch.cuda.max_memory_allocated() - before) / 1e6, seconds
-    return run, (status('VmHWM') - before) / 1e6 if sys.platform == 'linux' else None, seconds
+        run()  # beside the optimizer's state, which the first step made
+        peak = (status('VmHWM') - before) / 1e6
+        sender.send(peak if peak < 1e3 * limit else MemoryError(f'{peak:.0f} MB'))
+    except Exception as error:
+        sender.send(MemoryError(str(error)) if 'alloc' in str(error) else RuntimeError(
+            first_line(error).removeprefix('RuntimeError: ')))
+
+
+def first_line(error: Exception) -> str:
+    return f'{type(error).__name__}: {(str(error).strip() or "no message").splitlines()[0]}'
+
+
+def _available() -> float:
+    """GB of memory that are free."""
+    return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 1e9
 
 
 def _in_use() -> int:
@@ -135,6 +198,94 @@ def openvino_run(file: Path, x: torch.Tensor, precision: str = 'f32') -> Callabl
         'PERFORMANCE_HINT': 'LATENCY'})
     array = x.contiguous().numpy()
     return lambda: network(array)
+
+
+def base(model: str) -> str:
+    """The DenseNet of a model's depth, 121 for the other nets."""
+    found = re.search(r'densenet\w+', model)
+    return found.group() if found else 'densenet121'
+
+
+def create(model: str, training: bool) -> Any:
+    torch.manual_seed(0)
+    *source, name = re.sub(' (fused|checkpointing|linear memory)$', '', model).split()
+    tiny = TINY.get(name[-11:], {}) if os.environ.get('TINY_NETS') else {}
+    net: Any = torchvision.models.get_model(name) if source else timm.create_model(name, **tiny)
+    net.train(training)
+    if model.endswith(('checkpointing', 'linear memory')):
+        net.set_grad_checkpointing()
+    return timm.models.reparameterize_model(net) if model.endswith('fused') else net
+
+
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device().type, dtype, enabled=dtype != torch.float32)
+
+
+def training_step(model: Any, x: torch.Tensor, dtype: torch.dtype = torch.float32, forward: Any = None,
+                  optimizer: torch.optim.Optimizer | None = None) -> Run:
+    """Make the training step that all benchmarks measure: loss, gradients, and an update where there is an optimizer.
+
+    Args:
+        model: A net of 1000 classes, in training.
+        x: Images (B, 3, H, W), on the device.
+        dtype: Type that autocast computes in; float32: without autocast.
+        forward: Called instead of the model: compiled, or distributed.
+        optimizer: Updates the parameters.
+    """
+    labels = torch.randint(0, 1000, (len(x),), device=x.device)
+
+    def run() -> None:
+        model.zero_grad()
+        with autocast(dtype):
+            loss = F.cross_entropy((model if forward is None else forward)(x), labels)
+        loss.backward()
+        if optimizer:
+            optimizer.step()
+
+    return run
+
+
+def images(batch_size: int, size: int = 224) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(batch_size, 3, size, size, device=device()).contiguous(memory_format=torch.channels_last)
+
+
+def build(kind: str, model: str, execution: str, dtype: str, batch_size: int, size: int, folder: Path) -> Run:
+    """Make the function that is timed: a forward pass, or a step of training with SGD."""
+    x = images(batch_size, size)
+    if execution in ('onnxruntime', 'openvino'):
+        file = folder / f'{model}.onnx'
+        if not file.exists():
+            export_onnx(create(model, False), size, file)
+        if execution == 'onnxruntime':
+            return onnxruntime_run(file, x)
+        return openvino_run(file, x, {'float32': 'f32', 'bfloat16': 'bf16'}[dtype])
+
+    net = create(model, kind == 'train').to(device(), memory_format=torch.channels_last)
+    forward = net if execution not in COMPILED else torch.compile(
+        net, mode='max-autotune' if execution == 'max-autotune' else 'default')
+    if kind == 'train':
+        run = training_step(net, x, DTYPES[dtype], forward, torch.optim.SGD(net.parameters(), lr=1e-4, momentum=.9))
+    else:
+        def run() -> torch.Tensor:
+            with torch.no_grad(), autocast(DTYPES[dtype]):
+                return forward(x)
+
+    return cudagraph(run) if execution == 'cudagraph' else run
+
+
+def cudagraph(run: Run) -> Run:
+    """Record a function's kernels once, to replay them without launching each."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def device() -> torch.device:

@@ -11,14 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
-from common import RESULTS, interleave, medians, peak_memory, save
-from throughput import build
+from common import RESULTS, build, interleave, medians, peak_memory, save
+from matplotlib.figure import Figure
 from tqdm import tqdm
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 
 SIZES = (96, 128, 160, 224, 320, 512)
 DEPTHS = ('121', '161', '169', '201', '264d')
@@ -35,7 +31,7 @@ def measure(kind: str, depth: str, batch_size: int, size: int, rounds: int) -> d
     runs, memory = {}, {}
     for model in MODELS[kind]:
         args = (kind, model.format(depth), 'eager', 'float32', batch_size, size, Path())
-        runs[model], memory[model], _ = peak_memory(lambda args=args: build(*args))
+        memory[model], runs[model] = peak_memory(*args), build(*args)
     median = medians(interleave(runs, rounds, warmup=1))
     return {label: {'ms': 1e3 * median[model], 'mb': memory[model]} for model, label in MODELS[kind].items()}
 
@@ -46,7 +42,6 @@ def main() -> None:
     parser.add_argument('--kinds', nargs='+', choices=MODELS, default=list(MODELS))
     args = parser.parse_args()
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    measure('infer', '121', 1, 96, 1)  # loads libraries and kernels, which is no model's memory
     points = ([('image size', size, '121', 4, size) for size in SIZES]
               + [('depth', depth, depth, 4, 224) for depth in DEPTHS]
               + [('batch size', batch_size, '121', batch_size, 224) for batch_size in BATCHES])
@@ -65,7 +60,8 @@ def main() -> None:
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    fig, axes = plt.subplots(4, 3, figsize=(11, 11), layout='constrained')
+    fig = Figure(figsize=(11, 11), layout='constrained')
+    axes = fig.subplots(4, 3)
     for i, (kind, quantity) in enumerate((k, q) for k in MODELS for q in ('ms', 'mb')):
         for ax, against in zip(axes[i], ('image size', 'depth', 'batch size'), strict=True):
             line = [row for row in rows if (row['kind'], row['against']) == (kind, against)]

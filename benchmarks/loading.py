@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import device, interleave, save
+from common import build, device, interleave, save
 from PIL import Image
-from throughput import build
 from timm.data import create_dataset, create_loader
 from tqdm import tqdm
 

@@ -5,15 +5,12 @@ se_densenet121 33.7; densenet201 203.0, 71.2 and 38.0. Exact on every machine, a
 
     python benchmarks/memory.py
 """
-import matplotlib
 import timm
 import torch
 from common import RESULTS, save
+from matplotlib.figure import Figure
 
 from timm_densese import SE_PLACEMENTS
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 
 VARIANTS = ('121', '161', '169', '201', '264d')
 LAYERS = (4, 8, 16, 32, 48, 64)
@@ -31,7 +28,7 @@ def saved_megabytes(model: torch.nn.Module, size: int) -> float:
             return t.detach()  # not t: an output that its own graph holds would never be freed
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = model(torch.randn(batch, 3, size, size))
+            out = model(torch.randn(batch, 3, size, size, device=next(model.parameters()).device))
         found.append(sum(n for pointer, n in sizes.items() if pointer not in own))
         del out
     return (found[1] - found[0]) / 1e6
@@ -70,7 +67,8 @@ def main() -> None:
         f'{name} {[round(v, 1) for v in values]}' for name, values in growth.items()))
     save('memory', {'rows': rows, 'se_placement': placements, 'layers': LAYERS, 'one_block': growth})
 
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
+    fig = Figure(figsize=(9, 3.4), layout='constrained')
+    left, right = fig.subplots(1, 2)
     labels = {'plain': "timm's, plain", 'checkpointing': "timm's, checkpointing", 'ours': 'SE-DenseNet, linear memory'}
     for i, (name, label) in enumerate(labels.items()):
         left.bar([j + .27 * (i - 1) for j in range(len(rows))], [row[name] for row in rows], .25, label=label)

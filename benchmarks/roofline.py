@@ -11,21 +11,16 @@ operators that only move bytes. The measured time is an interleaved median; its 
 import argparse
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import matplotlib
-import timm
 import torch
 import torch.nn.functional as F
-from common import RESULTS, device, interleave, medians, save
+from common import RESULTS, create, device, images, interleave, medians, save, training_step
+from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-
-import timm_densese  # noqa: F401
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 
 KINDS = ('conv 3x3 and stem', 'conv 1x1', 'linear', 'norm', 'activation', 'concatenation', 'pool',
          'copies and pointwise')
@@ -67,16 +62,13 @@ class Counter(TorchDispatchMode):
             return out
         flops = 0.
         kernel = 0
-        if 'conv' in name and '_reorder' not in name:
+        if 'conv' in name:
             weight = args[2] if 'backward' in name else args[1]
             kernel = weight.shape[-1]
-            if 'pointwise' in name:  # oneDNN's, which torch's counter does not know
-                flops = 2. * out.numel() * weight.shape[1] * kernel ** 2
-            else:
-                flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+            flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
         elif func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        if '_reorder' not in name and moved:
+        if moved:
             size = sum(t.numel() * t.element_size() for t in moved)
             self.operators.append((kind_of(name, kernel), flops, size))
         return out
@@ -92,15 +84,15 @@ def floors(operators: list[tuple[str, float, float]], ceilings: dict[str, float]
     return table
 
 
-def measure_ceilings(dtype: torch.dtype) -> dict[str, float]:
+def measure_ceilings(dtype: torch.dtype, quick: bool = False) -> dict[str, float]:
     """The fastest of some matrix products and 1x1 convolutions, and a copy far larger than the caches."""
     cuda = device().type == 'cuda'
-    n = 8192 if cuda else 2048
+    n = 128 if quick else 8192 if cuda else 2048
     a = torch.randn(n, n, device=device(), dtype=dtype)
     image = torch.randn(8, 512, 32 if cuda else 28, 32 if cuda else 28, device=device(), dtype=dtype).contiguous(
         memory_format=torch.channels_last)
     weight = torch.randn(512, 512, 1, 1, device=device(), dtype=dtype)
-    source = torch.randn(1 << 28 if cuda else 1 << 26, device=device())
+    source = torch.randn(1 << (20 if quick else 28 if cuda else 26), device=device())
     target = torch.empty_like(source)
     seconds = medians(interleave({
         'matmul': lambda: a @ a, 'conv': lambda: F.conv2d(image, weight), 'copy': lambda: target.copy_(source)}, 15))
@@ -109,31 +101,18 @@ def measure_ceilings(dtype: torch.dtype) -> dict[str, float]:
             'bytes': 2 * source.numel() * 4 / seconds['copy']}
 
 
-def create(name: str, training: bool, batch_size: int, dtype: torch.dtype) -> Callable[[], Any]:
-    torch.manual_seed(0)
-    model: Any = timm.create_model('se_densenet121' if name == 'ours' else 'densenet121')
+def create_run(name: str, training: bool, batch_size: int, dtype: torch.dtype, size: int = 224) -> Callable[[], Any]:
+    model = {'plain': 'densenet121', 'checkpointing': 'densenet121 checkpointing',
+             'ours': 'se_densenet121 linear memory' if training else 'se_densenet121 fused'}[name]
+    net = create(model, training).to(device(), memory_format=torch.channels_last)
+    x = images(batch_size, size)
     if training:
-        model.train().set_grad_checkpointing(name != 'plain')
-    else:
-        model.eval()
-        model = timm.models.reparameterize_model(model) if name == 'ours' else model
-        model = model.to(dtype)
-    model = model.to(device(), memory_format=torch.channels_last)
-    x = torch.randn(batch_size, 3, 224, 224, device=device()).contiguous(memory_format=torch.channels_last)
-    labels = torch.zeros(batch_size, dtype=torch.long, device=device())
-
-    def train() -> None:
-        model.zero_grad()
-        with torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(model(x).float(), labels)
-        loss.backward()
-
-    x = x if training else x.to(dtype)
-    return train if training else torch.no_grad()(lambda: model(x))
+        return training_step(net, x, dtype)
+    net, x = net.to(dtype), x.to(dtype)
+    return torch.no_grad()(lambda: net(x))
 
 
 def count(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
-    run()  # packs weights
     with Counter() as counter:
         run()
     return counter.operators
@@ -159,12 +138,14 @@ def profile_by_kind(run: Callable[[], Any]) -> dict[str, float]:
 
 
 def predict(batch_size: int) -> dict[str, Any]:
-    """Scale the counts of 1 and 2 images in bfloat16 to a batch, and give the floor on an H100."""
+    """Scale the counts of two batches in bfloat16 to a larger one, and give the floor on an H100."""
+    fewest = 21  # of fewer images, a CPU runs some 1x1 convolutions as matrix products
     prediction = {}
     for training in (False, True):
         for model in EXECUTIONS[training]:
-            one, two = (count(create(model, training, n, torch.bfloat16)) for n in (1, 2))
-            scaled = [(kind, f1 + (f2 - f1) * (batch_size - 1), b1 + (b2 - b1) * (batch_size - 1))
+            one, two = (count(create_run(model, training, n, torch.bfloat16)) for n in (fewest, fewest + 1))
+            more = batch_size - fewest
+            scaled = [(kind, f1 + (f2 - f1) * more, b1 + (b2 - b1) * more)
                       for (kind, f1, b1), (_, f2, b2) in zip(one, two, strict=True)]
             table = floors(scaled, H100)
             total = sum(row['floor_ms'] for row in table.values())
@@ -178,20 +159,14 @@ def predict(batch_size: int) -> dict[str, Any]:
     return prediction
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--batch-size', type=int, default=8)
-    parser.add_argument('--predict', action='store_true')
-    args = parser.parse_args()
-    if args.predict:
-        save('roofline_h100', {'ceilings': H100, 'batch_size': 256, 'prediction': predict(256)})
-        return
-    torch.set_num_threads(min(2, torch.get_num_threads()))
-    ceilings = measure_ceilings(torch.float32)
+def measure(batch_size: int, dtype: torch.dtype, size: int = 224,
+            quick: bool = False) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Measure the ceilings and each execution against its floor; quickly, where only the steps count."""
+    ceilings = measure_ceilings(dtype, quick)
     print(f'ceilings: {ceilings["flops"] / 1e9:.0f} GFLOP/s, {ceilings["bytes"] / 1e9:.1f} GB/s')
     rows = []
     for training in (False, True):
-        runs = {name: create(name, training, args.batch_size, torch.float32) for name in EXECUTIONS[training]}
+        runs = {name: create_run(name, training, batch_size, dtype, size) for name in EXECUTIONS[training]}
         median = medians(interleave(runs, 11))
         for name, run in runs.items():
             table = floors(count(run), ceilings)
@@ -200,18 +175,18 @@ def main() -> None:
             floor = sum(row['floor_ms'] for row in table.values())
             rows.append({'training': training, 'name': name, 'measured_ms': 1e3 * median[name], 'floor_ms': floor,
                          'kinds': table})
-            print(f'\n{"training step" if training else "inference"}, {name}, batch {args.batch_size}: '
+            print(f'\n{"training step" if training else "inference"}, {name}, batch {batch_size}: '
                   f'{1e3 * median[name]:.0f} ms, floor {floor:.0f} ms: {1e3 * median[name] / floor:.2f}x the floor')
             print(f'{"":22} {"GFLOP":>8} {"GB":>7} {"floor ms":>9} {"profiled ms":>12}')
             for kind, row in table.items():
                 print(f'{kind:22} {row["gflop"]:8.2f} {row["gbyte"]:7.2f} {row["floor_ms"]:9.1f} '
                       f'{row["profiled_ms"]:12.1f}')
-    save('roofline', {'batch_size': args.batch_size, 'ceilings': ceilings, 'rows': rows})
-    draw(rows, args.batch_size)
+    return ceilings, rows
 
 
-def draw(rows: list[dict[str, Any]], batch_size: int) -> None:
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained', width_ratios=(4, 6))
+def draw(rows: list[dict[str, Any]], batch_size: int, dtype: torch.dtype, file: Path) -> None:
+    fig = Figure(figsize=(11, 4), layout='constrained')
+    axes = fig.subplots(1, 2, width_ratios=(4, 6))
     for ax, training in zip(axes, (False, True), strict=True):
         bars = [(f'{row["name"].replace("checkpointing", "checkp.")}\n{what}', [row['kinds'][k][key] for k in KINDS])
                 for row in rows if row['training'] == training
@@ -222,9 +197,23 @@ def draw(rows: list[dict[str, Any]], batch_size: int) -> None:
             ax.bar(range(len(bars)), heights, bottom=bottom, label=kind, color=f'C{i}')
             bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
         ax.set(xticks=range(len(bars)), xticklabels=[name for name, _ in bars], ylabel='ms',
-               title=f'{"training step" if training else "inference"}, batch {batch_size}, float32')
+               title=f'{"training step" if training else "inference"}, batch {batch_size}, {str(dtype)[6:]}')
     axes[1].legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
-    fig.savefig(RESULTS / 'roofline.png', dpi=110)
+    fig.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--batch-size', type=int, default=8)
+    parser.add_argument('--predict', action='store_true')
+    args = parser.parse_args()
+    if args.predict:
+        save('roofline_h100', {'ceilings': H100, 'batch_size': 256, 'prediction': predict(256)})
+        return
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    ceilings, rows = measure(args.batch_size, torch.float32)
+    save('roofline', {'batch_size': args.batch_size, 'ceilings': ceilings, 'rows': rows})
+    draw(rows, args.batch_size, torch.float32, RESULTS / 'roofline.png')
 
 
 if __name__ == '__main__':

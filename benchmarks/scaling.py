@@ -23,8 +23,7 @@ from typing import Any
 import timm
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from common import RESULTS, save
+from common import RESULTS, images, save, training_step
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -52,14 +51,8 @@ def worker(batch_sizes: list[int], steps: int, out: Path) -> None:
     gradients = torch.ones(sum(p.numel() for p in model.parameters()), device=device)
     rows = []
     for batch_size in batch_sizes:
-        images = torch.randn(batch_size, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
-        labels = torch.randint(0, 1000, (batch_size,), device=device)
-
-        def step(images: torch.Tensor = images, labels: torch.Tensor = labels) -> None:
-            net.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-                loss = F.cross_entropy(net(images), labels)
-            loss.backward()
+        step = training_step(
+            model, images(batch_size), torch.bfloat16 if cuda else torch.float32, forward=net)
 
         def alone(step: Callable[[], None] = step) -> None:
             with net.no_sync():

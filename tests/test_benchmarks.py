@@ -1,13 +1,16 @@
 """The benchmarks run here; their numbers are in benchmarks/results/."""
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import gpu  # benchmarks/gpu.py
 import pytest
+import tables  # benchmarks/tables.py
 import throughput  # benchmarks/throughput.py
 import timm
 import torch
@@ -106,11 +109,12 @@ def test_a_peer_that_fails_is_a_row(tmp_path):
     bench = throughput.Bench(tmp_path, 32, .01, 3)
     sizes = {'densenet121': 1, 'no_such_net': 1, 'se_densenet121': 1}
     assert bench.group('infer', 'eager', 'float32', sizes, tmp_path) == ['densenet121', 'se_densenet121']
-    rows = {row['model']: row for row in throughput.read(tmp_path)}
+    rows = {row['model']: row for row in tables.read(tmp_path)}
     assert 'Unknown model' in rows['no_such_net']['error']
-    assert rows['se_densenet121']['faster_than_densenet'] > 0
-    throughput.write_tables(list(rows.values()), tmp_path)
-    throughput.write_summary(list(rows.values()), tmp_path)
+    faster = rows['se_densenet121']['faster_than_densenet']
+    assert 0 < faster['p25'] <= faster['p50'] <= faster['p75']
+    tables.write_tables(list(rows.values()), tmp_path)
+    tables.write_summary(list(rows.values()), tmp_path)
     assert '| no_such_net | RuntimeError: Unknown model' in (tmp_path / 'README.md').read_text()
 
 
@@ -135,3 +139,53 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path):
     assert f'{len(rows)} rows' in said
     assert list(tmp_path.glob('benchmark-infer-*.csv'))
     assert (tmp_path / 'infer-batch.png').exists()
+
+
+@pytest.mark.parametrize('file', tables.DOCS, ids=lambda file: file.name)
+def test_docs_quote_what_was_measured(file):
+    quoted = tables.MARKS.search(file.read_text())
+    if quoted is None:
+        assert file.name == 'README.md'
+        return
+    folders = sorted((BENCHMARKS / 'results').glob('throughput-*')) or [BENCHMARKS / 'results' / 'none']
+    assert quoted[2] in [tables.quoted_table(tables.read(folder)) for folder in folders]
+
+
+def test_the_quoted_table(tmp_path):
+    bench = throughput.Bench(tmp_path, 224, .01, 3)
+    for kind, model, batch_size in (('infer', 'se_densenet161 fused', 1), ('train', 'se_densenet121 linear memory', 8)):
+        bench.write(kind, 'eager', 'float32', model, batch_size, None, [.1, .2, .3], 5., (1.1, 1.23, 1.4))
+    file = tmp_path / 'doc.md'
+    file.write_text('before\n<!-- throughput -->\nold\n<!-- /throughput -->\nafter\n')
+    tables.quote(tables.read(tmp_path), file)
+    text = file.read_text()
+    assert '| se_densenet161 fused, float32 | 1.23x (1.10 to 1.40) |  |  |  |' in text
+    assert '| se_densenet121 linear memory, float32 |  |  | 1.23x (1.10 to 1.40) |  |' in text
+    assert text.startswith('before\n')
+    assert text.endswith('\nafter\n')
+    assert 'old' not in text
+    tables.quote(tables.read(tmp_path), file)
+    assert file.read_text() == text
+
+
+@pytest.mark.slow
+def test_gpu_dry_run(tmp_path):
+    result = subprocess.run([sys.executable, BENCHMARKS / 'gpu.py', '--dry-run', '--out', tmp_path],
+                            capture_output=True, text=True, timeout=280, env={**os.environ, 'DEVICE': 'cpu'})
+    record = json.loads((tmp_path / 'gpu.json').read_text())
+    assert result.returncode == 0, record['steps']
+    assert all('error' not in step and 'left_out' not in step for step in record['steps'].values())
+    assert list(tmp_path.glob('benchmark-train-bfloat16-*-eager.csv'))
+    assert (tmp_path / 'roofline.png').exists()
+
+
+def test_gpu_steps_keep_what_was_measured(tmp_path):
+    steps = gpu.Steps(tmp_path, 1)
+    steps.run('good', lambda: 3)
+    steps.run('bad', lambda: 1 / 0)
+    steps.end = 0
+    steps.run('late', lambda: 4)
+    record = json.loads((tmp_path / 'gpu.json').read_text())['steps']
+    assert record['good']['result'] == 3
+    assert record['bad']['error'] == 'ZeroDivisionError: division by zero'
+    assert record['late']['left_out'] == 'no time was left'

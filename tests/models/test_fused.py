@@ -38,7 +38,7 @@ def test_fused_is_the_same_function(name):
 
 @torch.no_grad()
 def test_fused_in_bfloat16():
-    model = trained(growth_rate=32, block_config=(6, 12))
+    model = trained(growth_rate=32, block_config=(6, 12), num_classes=100)
     x = images(2, dtype=torch.float32)
     exact = model(x)
     fused = reparameterize_model(model)

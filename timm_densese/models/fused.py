@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .plain import is_plain_conv, is_plain_module, is_transformed
+from .plain import has_global_hooks, is_transformed
 
 __all__ = ['FusedDenseBlock', 'NormConv', 'fold_after']
 
@@ -74,6 +74,21 @@ class _FusedLayer(nn.Module):
         return self.se(self.conv2(self.conv1(x).relu_()))
 
 
+def _is_as_built(layer: Any) -> bool:
+    """Tell whether `FusedDenseBlock` may compute a layer without calling its parts, as quickly as can be told."""
+    parts = layer._modules  # not by attribute, which takes longer
+    norm_conv, conv2 = parts.get('conv1'), parts.get('conv2')
+    if type(layer) is not _FusedLayer or type(norm_conv) is not NormConv or type(conv2) is not nn.Conv2d:
+        return False
+    conv = norm_conv._modules['conv']
+    return (
+        type(conv) is nn.Conv2d and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0)
+        and conv.groups == 1 and type(conv._parameters.get('weight')) in (nn.Parameter, torch.Tensor)
+        and not (layer._forward_hooks or layer._forward_pre_hooks or norm_conv._forward_hooks
+                 or norm_conv._forward_pre_hooks or conv._forward_hooks or conv._forward_pre_hooks)
+        and not ('forward' in vars(layer) or 'forward' in vars(norm_conv) or 'forward' in vars(conv)))
+
+
 class FusedDenseBlock(nn.Module):
     """A dense block for inference: running statistics are folded into its convolutions, dropout is gone.
 
@@ -87,6 +102,7 @@ class FusedDenseBlock(nn.Module):
     def __init__(self, layers: List[Any]) -> None:
         super().__init__()
         self.layers = nn.ModuleList([_FusedLayer(layer) for layer in layers])
+        self.growth_rate = layers[0].conv2.out_channels
         self.train(layers[0].training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,16 +125,15 @@ class FusedDenseBlock(nn.Module):
         layers: List[Any] = list(self.layers)
         return (
             not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x)
-            and all(is_plain_module(layer, _FusedLayer) and is_plain_module(layer.conv1, NormConv)
-                    and is_plain_conv(layer.conv1.conv, 1, bias=True) and is_plain_conv(layer.conv2, 3)
-                    for layer in layers))
+            and not has_global_hooks() and all(map(_is_as_built, layers))
+            and all(layer._modules['conv2'].out_channels == self.growth_rate for layer in layers))
 
     @torch.jit.ignore
     def _forward_buffer(self, x: torch.Tensor) -> torch.Tensor:
         layers: List[Any] = list(self.layers)
         end = x.shape[1]
-        batch_size, height, width, channels = (
-            x.shape[0], x.shape[2], x.shape[3], end + sum(layer.conv2.out_channels for layer in layers))
+        batch_size, height, width = x.shape[0], x.shape[2], x.shape[3]
+        channels = end + self.growth_rate * len(layers)
         if x.device.type == 'cpu':
             _keep_freed_memory()
         pixels = torch.empty((batch_size * height * width, channels), dtype=x.dtype, device=x.device)
@@ -139,9 +154,13 @@ class FusedDenseBlock(nn.Module):
             else:
                 y = conv(y.view(batch_size, height, width, end).permute(0, 3, 1, 2)).relu_()
             y = layer.se(layer.conv2(y))
-            start, end = end, end + y.shape[1]
-            buffer[:, start:end] = y
-        return buffer[:, :end]
+            if y.shape != (batch_size, self.growth_rate, height, width):
+                raise ValueError(
+                    f'A layer gave features of {tuple(y.shape)}, and the block has room for '
+                    f'{(batch_size, self.growth_rate, height, width)}.')
+            buffer.narrow(1, end, self.growth_rate).copy_(y)
+            end += self.growth_rate
+        return buffer
 
 
 @functools.lru_cache(maxsize=None)

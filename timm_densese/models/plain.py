@@ -4,7 +4,7 @@ Linear memory and fused inference compute a dense layer in other ways than by ca
 the layer is of exactly timm's type, with exactly its parts, and nobody watches or has changed them. What is not known
 here runs as timm runs it.
 """
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 __all__ = [
-    'has_autocast', 'has_hooks', 'is_plain_conv', 'is_plain_module', 'is_plain_norm', 'is_plain_parts',
-    'is_plain_transition', 'is_transformed', 'same_dtype_and_device']
+    'has_autocast', 'has_global_hooks', 'has_hooks', 'is_plain_conv', 'is_plain_module', 'is_plain_norm',
+    'is_plain_parts', 'is_plain_transition', 'is_transformed', 'same_dtype_and_device']
 
 _METHODS = frozenset(
     name for kind in (densenet.DenseBlock, densenet.DenseLayer, densenet.DenseTransition, nn.Conv2d, BatchNormAct2d)
@@ -23,10 +23,15 @@ _METHODS = frozenset(
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith('_hooks'))
 
 
+def has_global_hooks() -> bool:
+    """Tell whether hooks are registered for all modules."""
+    return bool(nn_module._has_any_global_hook())
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Tell whether a module itself has hooks of any kind, or all modules have."""
     attributes = vars(module)
-    return nn_module._has_any_global_hook() or any(attributes.get(name) for name in _HOOKS)
+    return has_global_hooks() or any(attributes.get(name) for name in _HOOKS)
 
 
 def is_plain_module(module: Any, *kinds: type) -> bool:
@@ -50,19 +55,13 @@ def is_plain_norm(norm: Any) -> bool:
         and norm.track_running_stats)
 
 
-def is_plain_conv(conv: Any, kernel_size: int, bias: Optional[bool] = False) -> bool:
-    """Tell whether this is a dense convolution that keeps height and width, padded by zeros.
-
-    Args:
-        conv: The module.
-        kernel_size: Height and width of its kernel.
-        bias: Whether it has a bias; None: does not matter.
-    """
+def is_plain_conv(conv: Any, kernel_size: int) -> bool:
+    """Tell whether this is a dense convolution without a bias that keeps height and width, padded by zeros."""
     return (
         is_plain_module(conv, nn.Conv2d) and conv.kernel_size == (kernel_size, kernel_size)
         and conv.padding == (kernel_size // 2, kernel_size // 2) and conv.padding_mode == 'zeros'
         and conv.stride == conv.dilation == (1, 1) and conv.groups == 1
-        and isinstance(conv.weight, torch.Tensor) and bias in (None, conv.bias is not None))
+        and isinstance(conv.weight, torch.Tensor) and conv.bias is None)
 
 
 def is_plain_parts(layer: Any) -> bool:

@@ -1,0 +1,176 @@
+"""All that concerns a GPU, in one command of under 9 minutes, on a bare machine without a network.
+
+Tests on the device, bytes saved for backward, throughput of inference and training (ours, timm's, rdnet_tiny,
+seresnet50; eager, compile, max-autotune; bfloat16; batch 1, 64 and the largest), what SE costs, and time against the
+floor that the card's measured ceilings give. Not measured yet: no GPU was at hand.
+
+    python benchmarks/gpu.py
+    python benchmarks/gpu.py --dry-run     # the same steps with tiny nets, on a CPU
+
+Results go to results/gpu-DEVICE/. Each step writes gpu.json when it ends, and each row of throughput when it is
+measured, so that an interruption keeps what was measured. A step that fails is recorded, and the next one runs; one
+that would begin after --minutes is left out, and recorded too.
+"""
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import roofline
+import torch
+from common import RESULTS, create, device, first_line, machine, peak_memory
+from memory import saved_megabytes
+from tables import draw, read, write_summary, write_tables
+from throughput import Bench, largest_batch
+
+from timm_densese.files import replace_file
+
+ROOT = Path(__file__).parents[1]
+INFER = ('densenet121', 'se_densenet121', 'se_densenet121 fused', 'rdnet_tiny', 'seresnet50')
+TRAIN = ('densenet121', 'densenet121 checkpointing', 'se_densenet121', 'se_densenet121 linear memory', 'rdnet_tiny',
+         'seresnet50')
+OURS = ('densenet121', 'se_densenet121 fused', 'se_densenet121 linear memory', 'densenet121 checkpointing')
+
+
+class Steps:
+    """Runs steps one after another, each until its end, and keeps what they gave in gpu.json.
+
+    Args:
+        out: Folder.
+        minutes: After these, no step begins.
+    """
+
+    def __init__(self, out: Path, minutes: float) -> None:
+        self.out, self.end = out, time.monotonic() + 60 * minutes
+        self.record: dict[str, Any] = {**machine(), 'steps': {}}
+
+    def run(self, name: str, step: Callable[[], Any]) -> None:
+        """Run a step, unless it is too late; what it raises is its record."""
+        print(f'--- {name}', flush=True)
+        start = time.monotonic()
+        record: dict[str, Any] = {}
+        if start > self.end:
+            record['left_out'] = 'no time was left'
+        else:
+            try:
+                record['result'] = step()
+            except Exception as error:
+                record['error'] = first_line(error)
+        record['seconds'] = round(time.monotonic() - start, 1)
+        self.record['steps'][name] = record
+        replace_file(self.out / 'gpu.json', json.dumps(self.record, indent=1) + '\n')
+        print(f'    {record["seconds"]} s', record.get('error', record.get('left_out', '')), flush=True)
+
+
+def run_tests() -> str:
+    """Run the tests that are for a device, and give pytest's last line."""
+    result = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/models/test_device.py'], cwd=ROOT,
+        env={**os.environ, 'DEVICE': device().type}, capture_output=True, text=True)
+    last = result.stdout.strip().splitlines()[-1]
+    if result.returncode:
+        failed = re.findall(r'^FAILED .*', result.stdout, re.MULTILINE)
+        raise RuntimeError(f'{last} {"; ".join(failed)} {result.stderr[-300:]}')
+    return last
+
+
+def measure_bytes(size: int, batch_size: int) -> dict[str, dict[str, float | None]]:
+    """MB that an image saves for backward in bfloat16 autocast, and MB at the peak of a training step."""
+    found = {}
+    for model in ('densenet121', 'densenet121 checkpointing', 'se_densenet121 linear memory'):
+        net = create(model, True).to(device(), memory_format=torch.channels_last)
+        with torch.autocast(device().type, torch.bfloat16):
+            saved = saved_megabytes(net, size)
+        peak = peak_memory('train', model, 'eager', 'bfloat16', batch_size, size, Path())
+        found[model] = {'saved': saved, 'peak': peak}
+        print(f'    {model}: {saved:.1f} MB an image, {peak or 0:.0f} MB at batch {batch_size}')
+    return found
+
+
+def measure_largest(bench: Bench, kind: str, models: tuple[str, ...], guess: int, limit: float | None) -> None:
+    for model in models:
+        size = largest_batch(kind, model, 'bfloat16', bench.size, guess, limit)
+        with tempfile.TemporaryDirectory() as folder:
+            bench.group(kind, 'eager', 'bfloat16', {model: size}, Path(folder), 'largest')
+
+
+def cost_of_se(out: Path) -> dict[str, float]:
+    """How much longer se_densenet121 takes than densenet121, in %."""
+    return {f'{row["kind"]}, {row["execution"]}, batch {row["batch"]}': 100 / row['faster_than_densenet']['p50'] - 100
+            for row in read(out) if row['model'] == 'se_densenet121' and row.get('faster_than_densenet')}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--dry-run', action='store_true', help='tiny images and batches, on whatever device there is')
+    parser.add_argument('--minutes', type=float, default=8, help='after these, no step begins')
+    parser.add_argument('--out', type=Path, help='folder; default: results/gpu-DEVICE')
+    args = parser.parse_args()
+    if not args.dry_run and device().type != 'cuda':
+        sys.exit('No GPU was found. torch.cuda.is_available() says so; --dry-run walks the steps on a CPU.')
+    dry = args.dry_run
+    name = re.sub(r'\W+', '-', machine()['device']).strip('-').lower()
+    out = args.out or RESULTS / f'gpu-{name}{"-dry-run" if dry else ""}'
+    out.mkdir(parents=True, exist_ok=True)
+    size, batches = (64, (1, 2)) if dry else (224, (1, 64))
+    limit, guess = (.03, 64) if dry else (None, 256)
+    if dry:
+        os.environ['TINY_NETS'] = '1'
+    steps, bench = Steps(out, args.minutes), Bench(out, size, .02 if dry else 2, 3 if dry else 10)
+
+    def throughput(kind: str, execution: str, models: tuple[str, ...]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for batch_size in batches[-1:] if dry and execution != 'eager' else batches:
+                bench.group(kind, execution, 'bfloat16', dict.fromkeys(models, batch_size), Path(folder))
+        failed = [f'{row["model"]}, batch {row["batch"]}: {row["error"]}' for row in read(out)
+                  if row['kind'] == kind and row['execution'] == execution and 'error' in row]
+        if failed:
+            raise RuntimeError('; '.join(failed))
+
+    def tables() -> int:
+        rows = read(out)
+        write_tables(rows, out)
+        write_summary(rows, out)
+        draw(rows, out)
+        return len(rows)
+
+    def roof() -> dict[str, Any]:
+        ceilings, rows = roofline.measure(batches[-1], torch.bfloat16, size, quick=dry)
+        roofline.draw(rows, batches[-1], torch.bfloat16, out / 'roofline.png')
+        return {'ceilings': ceilings, 'rows': rows}
+
+    infer = tuple(model for model in OURS if not model.endswith(('memory', 'checkpointing')))
+    train = tuple(model for model in OURS if not model.endswith('fused'))
+    try:
+        steps.run('tests', run_tests)
+        steps.run('bytes', lambda: measure_bytes(size, batches[-1]))
+        steps.run('inference, eager', lambda: throughput('infer', 'eager', INFER))
+        steps.run('training, eager', lambda: throughput('train', 'eager', TRAIN))
+        steps.run('cost of SE', lambda: cost_of_se(out))
+        steps.run('roofline', roof)
+        steps.run('largest batch, training', lambda: measure_largest(bench, 'train', train, guess, limit))
+        steps.run('largest batch, inference', lambda: measure_largest(bench, 'infer', infer, guess, limit))
+        steps.run('inference, compile', lambda: throughput('infer', 'compile', infer))
+        steps.run('training, compile', lambda: throughput('train', 'compile', train))
+        steps.run('inference, max-autotune', lambda: throughput('infer', 'max-autotune', infer))
+    except KeyboardInterrupt:
+        sys.exit(f'Stopped. What was measured is in {out}.')
+    finally:
+        if read(out):
+            steps.end = float('inf')
+            steps.run('tables', tables)
+    failed = [name for name, record in steps.record['steps'].items() if 'error' in record]
+    if failed:
+        sys.exit(f'Failed: {", ".join(failed)}. Why is in {out / "gpu.json"}.')
+    print(f'All steps ended; see {out}.')
+
+
+if __name__ == '__main__':
+    main()
