@@ -30,6 +30,7 @@ def test_the_readme_quotes_transfer():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_transfer_runs_and_goes_on(tmp_path, monkeypatch):
     generate_images(tmp_path / 'msld', per_class=12, size=32)
     for part in ('train', 'test'):
@@ -67,9 +68,10 @@ def test_transfer_runs_and_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_quick_throughput(tmp_path):
     result = subprocess.run([sys.executable, BENCHMARKS / 'throughput.py', '--quick', '--out', tmp_path],
-                            capture_output=True, text=True, timeout=280)
+                            capture_output=True, text=True, timeout=1500)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]
     assert {row['execution'] for row in rows} >= {'eager'}
@@ -119,6 +121,7 @@ def test_a_peer_that_fails_is_a_row(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_ctrl_c_leaves_what_was_measured(tmp_path):
     process = subprocess.Popen(
         [sys.executable, BENCHMARKS / 'throughput.py', '--executions', 'eager', '--dtypes', 'float32', '--kinds',
@@ -131,7 +134,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(.1)
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert 'What was measured is in' in errors
     assert 'Traceback' not in errors
@@ -169,9 +172,10 @@ def test_the_quoted_table(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_gpu_dry_run(tmp_path):
     result = subprocess.run([sys.executable, BENCHMARKS / 'gpu.py', '--dry-run', '--out', tmp_path],
-                            capture_output=True, text=True, timeout=280, env={**os.environ, 'DEVICE': 'cpu'})
+                            capture_output=True, text=True, timeout=1500, env={**os.environ, 'DEVICE': 'cpu'})
     record = json.loads((tmp_path / 'gpu.json').read_text())
     assert result.returncode == 0, record['steps']
     assert all('error' not in step and 'left_out' not in step for step in record['steps'].values())

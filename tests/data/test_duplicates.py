@@ -199,7 +199,7 @@ def test_few_images(tmp_path, count):
     assert find_copies(save(tmp_path, [scene(0)] * count)) == ([], [])
 
 
-@pytest.mark.parametrize('size', [(3000, 1), (1, 3000), (2000, 20)])
+@pytest.mark.parametrize('size', [(200, 1), (1, 200), (2000, 20)])
 def test_shapes(tmp_path, size):
     strip = image_of(np.random.default_rng(0).uniform(0, 256, (size[1], size[0], 3)))
     assert len(find_copies(save(tmp_path, [strip, scene(0)])).pairs) == 0
