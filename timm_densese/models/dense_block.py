@@ -153,7 +153,6 @@ class DenseBlock(densenet.DenseBlock):
             layers and is_plain_module(self, DenseBlock) and same_dtype_and_device(self)
             and all(is_plain_module(layer, densenet.DenseLayer, SEDenseLayer) and is_plain_parts(layer)
                     for layer in layers)
-            and len({layer.conv2.out_channels for layer in layers}) == 1
         ):
             return FusedDenseBlock(layers)
         return self

@@ -6,13 +6,14 @@ writes its features into one channels_last buffer, from which the next ones read
 The modules' parameters are all that there is. Each call reads them, and keeps nothing for the next.
 """
 import functools
-from typing import Any, List, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .plain import has_global_hooks, is_transformed
+from .plain import has_global_hooks, has_hooks, is_transformed
+from .pointwise import affine_relu, relu_
 
 __all__ = ['FusedDenseBlock', 'NormConv', 'fold_after']
 
@@ -74,19 +75,38 @@ class _FusedLayer(nn.Module):
         return self.se(self.conv2(self.conv1(x).relu_()))
 
 
-def _is_as_built(layer: Any) -> bool:
-    """Tell whether `FusedDenseBlock` may compute a layer without calling its parts, as quickly as can be told."""
-    parts = layer._modules  # not by attribute, which takes longer
-    norm_conv, conv2 = parts.get('conv1'), parts.get('conv2')
+# Kernel size, stride, padding, dilation, groups and padding mode.
+_CONV1 = (1, 1), (1, 1), (0, 0), (1, 1), 1, 'zeros'
+_CONV2 = (3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'
+
+
+def _read_layer(layer: Any) -> Optional[Tuple[Any, ...]]:
+    """Give scale, shift, weights, bias and attention of a layer that may be computed without calling its parts.
+
+    This runs for each layer of each call, so it reads dictionaries, which is faster than attributes.
+
+    Returns:
+        None where a part is watched or is not what it was built as.
+    """
+    norm_conv, conv2, se = map(layer._modules.get, ('conv1', 'conv2', 'se'))
     if type(layer) is not _FusedLayer or type(norm_conv) is not NormConv or type(conv2) is not nn.Conv2d:
-        return False
-    conv = norm_conv._modules['conv']
-    return (
-        type(conv) is nn.Conv2d and conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0)
-        and conv.groups == 1 and type(conv._parameters.get('weight')) in (nn.Parameter, torch.Tensor)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or norm_conv._forward_hooks
-                 or norm_conv._forward_pre_hooks or conv._forward_hooks or conv._forward_pre_hooks)
-        and not ('forward' in vars(layer) or 'forward' in vars(norm_conv) or 'forward' in vars(conv)))
+        return None
+    conv1 = norm_conv._modules['conv']
+    if type(conv1) is not nn.Conv2d:
+        return None
+    for module in (layer, norm_conv, conv1, conv2):
+        if module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module):
+            return None
+    for conv, geometry in ((conv1, _CONV1), (conv2, _CONV2)):
+        if (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != geometry:
+            return None
+    scale, shift = map(norm_conv._parameters.get, ('scale', 'shift'))
+    (weight1, bias1), (weight2, bias2) = (
+        map(conv._parameters.get, ('weight', 'bias')) for conv in (conv1, conv2))
+    tensors = scale, shift, weight1, bias1, weight2
+    if bias2 is not None or not all(type(t) in (nn.Parameter, torch.Tensor) for t in tensors):
+        return None
+    return *tensors, None if type(se) is nn.Identity and not has_hooks(se) else se
 
 
 class FusedDenseBlock(nn.Module):
@@ -96,13 +116,12 @@ class FusedDenseBlock(nn.Module):
     where a part of a layer is watched or changed, it calls its layers and concatenates.
 
     Args:
-        layers: timm's dense layers, or those with an attention, all of one growth rate.
+        layers: timm's dense layers, or those with an attention.
     """
 
     def __init__(self, layers: List[Any]) -> None:
         super().__init__()
         self.layers = nn.ModuleList([_FusedLayer(layer) for layer in layers])
-        self.growth_rate = layers[0].conv2.out_channels
         self.train(layers[0].training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -114,26 +133,26 @@ class FusedDenseBlock(nn.Module):
         Returns:
             The features and those of all layers, (B, C + layers * growth_rate, H, W).
         """
-        if not torch.jit.is_scripting() and self._can_write(x):
-            return self._forward_buffer(x)
+        if not torch.jit.is_scripting():
+            layers = self._read_layers(x)
+            if layers is not None:
+                return self._forward_buffer(x, layers)
         for layer in self.layers:
             x = torch.cat([x, layer(x)], 1)
         return x
 
     @torch.jit.ignore
-    def _can_write(self, x: torch.Tensor) -> bool:
-        layers: List[Any] = list(self.layers)
-        return (
-            not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed(x)
-            and not has_global_hooks() and all(map(_is_as_built, layers))
-            and all(layer._modules['conv2'].out_channels == self.growth_rate for layer in layers))
+    def _read_layers(self, x: torch.Tensor) -> Optional[List[Any]]:
+        """Give what each layer computes with, or None where the layers are to be called."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x) or has_global_hooks():
+            return None
+        layers = [_read_layer(layer) for layer in self.layers]
+        return None if None in layers else layers
 
     @torch.jit.ignore
-    def _forward_buffer(self, x: torch.Tensor) -> torch.Tensor:
-        layers: List[Any] = list(self.layers)
-        end = x.shape[1]
-        batch_size, height, width = x.shape[0], x.shape[2], x.shape[3]
-        channels = end + self.growth_rate * len(layers)
+    def _forward_buffer(self, x: torch.Tensor, layers: List[Any]) -> torch.Tensor:
+        batch_size, end, height, width = x.shape
+        channels = end + sum(weight2.shape[0] for *_, weight2, _ in layers)
         if x.device.type == 'cpu':
             _keep_freed_memory()
         pixels = torch.empty((batch_size * height * width, channels), dtype=x.dtype, device=x.device)
@@ -142,24 +161,22 @@ class FusedDenseBlock(nn.Module):
         # A convolution on a CPU reorders its weights on every call. For few pixels that takes longer than its kernel
         # saves against that of a matrix product.
         is_product = x.device.type == 'cpu' and len(pixels) <= 1024
-        for layer in layers:
-            norm_conv, conv = layer.conv1, layer.conv1.conv
-            scale, shift = norm_conv.scale, norm_conv.shift
+        for scale, shift, weight1, bias1, weight2, se in layers:
             if scale.dtype != x.dtype:  # autocast
                 scale, shift = scale.to(x.dtype), shift.to(x.dtype)
-            y = torch.addcmul(shift, pixels.narrow(1, 0, end), scale).relu_()
+            y = affine_relu(pixels.narrow(1, 0, end), scale, shift)
             if is_product:
-                y = F.linear(y, conv.weight.flatten(1), conv.bias).relu_()
-                y = y.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
+                y = F.linear(y, weight1.flatten(1), bias1).view(batch_size, height, width, -1).permute(0, 3, 1, 2)
             else:
-                y = conv(y.view(batch_size, height, width, end).permute(0, 3, 1, 2)).relu_()
-            y = layer.se(layer.conv2(y))
-            if y.shape != (batch_size, self.growth_rate, height, width):
-                raise ValueError(
-                    f'A layer gave features of {tuple(y.shape)}, and the block has room for '
-                    f'{(batch_size, self.growth_rate, height, width)}.')
-            buffer.narrow(1, end, self.growth_rate).copy_(y)
-            end += self.growth_rate
+                y = F.conv2d(y.view(batch_size, height, width, end).permute(0, 3, 1, 2), weight1, bias1)
+            y = F.conv2d(relu_(y), weight2, None, 1, 1)
+            shape = y.shape
+            if se is not None:
+                y = se(y)
+                if y.shape != shape:
+                    raise ValueError(f'An attention made features of {tuple(y.shape)} of those of {tuple(shape)}.')
+            buffer.narrow(1, end, shape[1]).copy_(y)
+            end += shape[1]
         return buffer
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.variable import Variable
 
 from .plain import has_autocast
+from .pointwise import affine_relu, relu_
 
 __all__ = ['normalise', 'restore', 'run']
 
@@ -173,12 +174,7 @@ class _Features:
         dtype = x_hat.dtype
         out = self._scratch_like(x_hat) if scratch else torch.empty(
             x_hat.shape, dtype=dtype, device=x_hat.device, memory_format=torch.channels_last)
-        return torch.addcmul(_channels(bias, dtype), x_hat, _channels(weight, dtype), out=out).relu_()
-
-    def read_again(self, channels: int, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Compute what `read` gave in forward, in memory that is used again."""
-        x_hat = self.x_hat[:, :channels]
-        return _affine_relu_again(x_hat, weight, bias, self._scratch_like(x_hat))
+        return affine_relu(x_hat, _channels(weight, dtype), _channels(bias, dtype), out)
 
     def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
         if self.scratch is None:
@@ -223,24 +219,6 @@ def _norm_backward(
 
 def _channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.detach().to(dtype)[:, None, None]
-
-
-def _affine_relu_again(
-        x: torch.Tensor,
-        scale: torch.Tensor,
-        shift: torch.Tensor,
-        out: Optional[torch.Tensor] = None,
-) -> torch.Tensor:
-    """Compute relu(scale * x + shift) in backward, when forward has computed it already.
-
-    In types of 16 bits, negative numbers are those that are negative as integers, which a CPU compares six times as
-    fast. It makes numbers of some NaNs, which forward has given to the loss.
-    """
-    out = torch.addcmul(_channels(shift, x.dtype), x, _channels(scale, x.dtype), out=out)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        out.view(torch.int16).clamp_min_(0)
-        return out
-    return out.relu_()
 
 
 def _copy(bias: torch.Tensor) -> torch.Tensor:
@@ -312,20 +290,20 @@ class _Layer(Function):
             bottleneck, weight2, bias2, norm2.running_mean, norm2.running_var, True, momentum, norm2.eps)
         ctx.save_for_backward(weight1, _copy(bias1), conv1, weight2, _copy(bias2), conv2, bottleneck, mean, invstd)
         ctx.features, ctx.layer, ctx.channels = features, layer, channels
-        return _conv(out.relu_(), conv2, layer.conv2)
+        return _conv(relu_(out), conv2, layer.conv2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         weight1, bias1, conv1, weight2, bias2, conv2, bottleneck, mean, invstd = ctx.saved_tensors
         features, layer, needs = ctx.features, ctx.layer, ctx.needs_input_grad
-        scale = weight2 * invstd
-        out = _affine_relu_again(bottleneck, scale, bias2 - mean * scale)
+        scale, dtype = weight2 * invstd, bottleneck.dtype
+        out = affine_relu(bottleneck, _channels(scale, dtype), _channels(bias2 - mean * scale, dtype))
         grad, grad_conv2 = _conv_backward(grad, out, conv2, layer.conv2, needs[8])
         torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad)
         grad, grad_weight2, grad_bias2 = torch.ops.aten.native_batch_norm_backward(
             grad, bottleneck, weight2, None, None, mean, invstd, True, layer.norm2.eps, [True, needs[6], needs[7]])
-        out = features.read_again(ctx.channels, weight1, bias1)
+        out = features.read(ctx.channels, weight1, bias1, scratch=True)
         grad, grad_conv1 = _conv_backward(grad, out, conv1, layer.conv1, needs[5])
         grad_weight1, grad_bias1 = features.add_grad(grad, weight1, bias1, out)
         return (grad.new_zeros(()), None, None, grad_weight1, grad_bias1, grad_conv1, grad_weight2, grad_bias2,
@@ -359,7 +337,7 @@ class _Tail(Function):
         features = ctx.features
         x_hat, weight, bias = ctx.saved_tensors
         features.start_backward(x_hat, None)
-        out = features.read_again(features.filled, weight, bias)
+        out = features.read(features.filled, weight, bias, scratch=True)
         if ctx.pool:
             grad = torch.ops.aten.avg_pool2d_backward(
                 grad.contiguous(memory_format=torch.channels_last), out, [2, 2], [2, 2], [0, 0], False, True, None)
