@@ -70,7 +70,7 @@ def time_run(run: Callable[[], Any]) -> float:
     run()
     events[1].record()
     torch.cuda.synchronize()
-    return events[0].elapsedtime_run(events[1]) / 1e3
+    return events[0].elapsed_time(events[1]) / 1e3
 
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:

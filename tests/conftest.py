@@ -99,6 +99,7 @@ def _run_alone(args, env, stdout, stderr) -> None:
             setattr(sys, name, open(descriptor, 'w', closefd=False))  # noqa: SIM115  as Python does at its start
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server's processes ignore
+    multiprocessing.set_start_method('fork', force=True)  # as in a process that a shell starts
     torch.set_num_threads(1)
     sys.exit(main(args))
 

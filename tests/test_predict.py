@@ -16,6 +16,7 @@ from timm_densese.cli import main
 from timm_densese.data.images import find_images, read_image
 from timm_densese.errors import ImagesError
 from timm_densese.predict import predict
+from timm_densese.thresholds import Calibration
 
 
 def test_prints_a_table_json_and_csv(trained, tmp_path, capsys):
@@ -57,7 +58,7 @@ def test_rows_for_python(trained, tmp_path):
     assert 'UnidentifiedImageError' in rows[0]['error']
     loaded = load_model(str(trained[1]))
     assert predict(loaded, [str(tmp_path / 'b.png')], top_k=1) == rows[1:]
-    cold, = predict(loaded, [str(tmp_path / 'b.png')], temperature=.5)
+    cold, = predict(loaded, [str(tmp_path / 'b.png')], calibration=Calibration(.5))
     warm, = predict(loaded, [str(tmp_path / 'b.png')])
     ratio, doubled = (p[0]['probability'] / p[1]['probability'] for p in (warm['predictions'], cold['predictions']))
     assert doubled == pytest.approx(ratio ** 2, rel=1e-4)

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 import yaml
 
@@ -20,6 +20,7 @@ _EXTRAS = {'sklearn': 'report', 'scipy': 'report', 'matplotlib': 'report', 'cv2'
 _COUNT = options.Number(int, least=1)
 _NOT_NEGATIVE = options.Number(int, least=0)
 _SHARE = options.Number(float, least=0, below=1)
+_PART = options.Number(float, above=0, most=1)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,6 +83,7 @@ def create_parser() -> argparse.ArgumentParser:
     _add_publish(commands)
     _add_card(commands)
     _add_train(commands)
+    _add_study(commands)
     return parser
 
 
@@ -163,13 +165,22 @@ def _add_data(commands: Any) -> None:
     split.add_argument('--seed', type=_NOT_NEGATIVE, default=0, help='seed (%(default)s)')
     split.add_argument('--folds', type=options.Number(int, least=2),
                        help='write this many folds, each tested on its own share')
-    split.add_argument('--groups', type=Path, help='table with a column for the file, and one for the patient')
-    split.add_argument('--group-regex', help='pattern whose first group, in the path below the class, is the patient')
-    split.add_argument('--labels', type=Path, help='table with a column for the file, and one for the class')
     split.add_argument('--keep-test', action='store_true', help='SRC has train/ and test/: keep test/, carve val')
-    split.add_argument('--copy', action='store_true', help='copy the files, where hard links share edits with SRC')
-    split.add_argument('--report', type=Path, help='picture to write of the images that show the same picture')
+    _add_split_options(split)
     split.set_defaults(run=run_split)
+
+
+def _add_split_options(parser: Any) -> None:
+    parser.add_argument('--groups', type=Path, default=None,
+                        help='table with a column for the file, and one for the patient')
+    parser.add_argument('--group-regex', default=None,
+                        help='pattern whose first group, in the path below the class, is the patient')
+    parser.add_argument('--labels', type=Path, default=None,
+                        help='table with a column for the file, and one for the class')
+    parser.add_argument('--copy', action='store_true', default=False,
+                        help='copy the files, where hard links share edits with their source')
+    parser.add_argument('--report', type=Path, default=None,
+                        help='picture to write of the images that show the same picture')
 
 
 def _add_run(commands: Any) -> None:
@@ -230,7 +241,8 @@ def _add_evaluate(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from .evaluate import evaluate
         evaluate(model=_load_model(args), data=args.data, output=args.output, split=args.split, compare=args.compare,
-                 device=args.device, batch_size=args.batch_size, workers=args.workers, seed=args.seed)
+                 device=args.device, batch_size=args.batch_size, workers=args.workers, seed=args.seed,
+                 goal=_goal(args), subgroups=args.subgroups)
 
     parser = commands.add_parser('evaluate', help='score a model, with intervals by patient, and write a report')
     _add_model(parser)
@@ -239,6 +251,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument('--split', default='', help='folder of DIR to score (default: test, or DIR itself)')
     parser.add_argument('--compare', default='', metavar='MODEL', help='another model to compare with in pairs')
     parser.add_argument('--seed', type=_NOT_NEGATIVE, default=0, help='seed of the bootstrap (%(default)s)')
+    _add_goal(parser)
     _add_batches(parser)
     parser.set_defaults(run=run)
 
@@ -341,9 +354,7 @@ def _add_train(commands: Any) -> None:
     from .training import TrainConfig, train
 
     def run(args: argparse.Namespace) -> None:
-        given = vars(args)
-        values = _read_config(args.config) if args.config else {}
-        values.update({option.name: given[option.name] for option in fields(TrainConfig) if option.name in given})
+        values = _train_options(args)
         if args.data:
             values['data_dir'] = args.data
         train(TrainConfig(**values))
@@ -353,11 +364,20 @@ def _add_train(commands: Any) -> None:
         'train', help="fine-tune a model; the option names are those of timm's train.py",
         argument_default=argparse.SUPPRESS)
     parser.add_argument('data', nargs='?', default=None, metavar='DIR', help='folder with train/CLASS/ and val/CLASS/')
+    _add_train_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_train_options(parser: Any, but: Sequence[str] = ()) -> None:
+    from .training import TrainConfig
+
     parser.add_argument('-c', '--config', type=Path, default=None,
                         help='YAML file of options, which the command line overrides')
     short = {'batch_size': '-b', 'validation_batch_size': '-vb', 'workers': '-j'}
     defaults = TrainConfig()
     for option in fields(TrainConfig):
+        if option.name in but:
+            continue
         names = [f'--{option.name.replace("_", "-")}', *filter(None, [short.get(option.name)])]
         kind = option.metadata['kind']
         how: Dict[str, Any] = {}
@@ -370,7 +390,64 @@ def _add_train(commands: Any) -> None:
         default = getattr(defaults, option.name)
         shown = f' (default: {default})' if default or isinstance(default, (bool, int)) else ''
         parser.add_argument(*names, help=f'{option.metadata["help"]}{shown}'.replace('%', '%%'), **how)
+
+
+def _train_options(args: argparse.Namespace) -> Dict[str, Any]:
+    """The options of a training that were given, in a file or, before it, on the command line."""
+    from .training import TrainConfig
+
+    given = vars(args)
+    values = _read_config(args.config) if args.config else {}
+    values.update({option.name: given[option.name] for option in fields(TrainConfig) if option.name in given})
+    return values
+
+
+def _add_study(commands: Any) -> None:
+    def run(args: argparse.Namespace) -> int:
+        from .study import study
+        found = study(
+            data=args.src, models=args.models, output=args.to, recipe=_train_options(args), folds=args.folds,
+            seeds=args.seeds, goal=_goal(args), subgroups=args.subgroups, val=args.val, seed=args.split_seed,
+            groups=args.groups, group_regex=args.group_regex, labels=args.labels, copy=args.copy, report=args.report)
+        return min(1, len(found.get('failed', ())))
+
+    parser = commands.add_parser(
+        'study', help='compare models by cross-validation, by patient, with one recipe; the options of train, too',
+        argument_default=argparse.SUPPRESS)
+    parser.add_argument('src', type=Path, metavar='DIR', help='folder with a folder of images a class')
+    parser.add_argument('--models', nargs='+', required=True, metavar='MODEL',
+                        help="what to train, the baseline first: densenet121 'se_densenet121 se_placement=stage'")
+    parser.add_argument('--output', dest='to', type=Path, required=True, metavar='DIR',
+                        help='folder of the study; the same command goes on there')
+    parser.add_argument('--folds', type=options.Number(int, least=2), default=5,
+                        help='parts, each tested once (%(default)s)')
+    parser.add_argument('--seeds', type=_COUNT, default=1, help='trainings of each fold, from --seed on (%(default)s)')
+    parser.add_argument('--val', type=_SHARE, default=.1, help='share to validate on (%(default)s)')
+    parser.add_argument('--split-seed', type=_NOT_NEGATIVE, default=0, help='seed of the split (%(default)s)')
+    _add_split_options(parser)
+    _add_goal(parser)
+    _add_train_options(parser, ('data_dir', 'output', 'model', 'model_kwargs', 'resume', 'dry_run', 'train_split',
+                                'val_split'))
     parser.set_defaults(run=run)
+
+
+def _add_goal(parser: Any) -> None:
+    parser.add_argument('--sensitivity', type=_PART, default=None,
+                        help='choose a threshold on validation images that finds this share of the positive ones')
+    parser.add_argument('--specificity', type=_PART, default=None,
+                        help='choose one that leaves this share of the others; with both, "not sure" lies between')
+    parser.add_argument('--positive', default='', metavar='CLASS', help='positive class (default: the rarer of two)')
+    parser.add_argument('--prevalence', type=options.Number(float, above=0, below=1), default=None,
+                        help='share of positive images where the model is to be used, for PPV and NPV')
+    parser.add_argument('--subgroups', type=Path, default=None, metavar='TABLE',
+                        help='table by file or patient; its other columns (site, device) get scores of their own')
+
+
+def _goal(args: argparse.Namespace) -> Any:
+    from .thresholds import Goal
+
+    return Goal(sensitivity=args.sensitivity, specificity=args.specificity, positive=args.positive,
+                prevalence=args.prevalence)
 
 
 def _read_config(file: Path) -> Dict[str, Any]:

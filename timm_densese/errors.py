@@ -33,6 +33,7 @@ __all__ = [
     'SplitError',
     'TimmVersionError',
     'TrainingError',
+    'TrainingFinishedError',
     'UserError',
     'check_timm',
     'hub_errors',
@@ -127,6 +128,10 @@ class TimmVersionError(UserError, ImportError):
 
 class TrainingError(UserError, RuntimeError):
     """Training cannot start or go on; the checkpoints written so far stay."""
+
+
+class TrainingFinishedError(TrainingError):
+    """A training that is to go on has done all its epochs."""
 
 
 _TIMM_NEEDED = (1, 0, 31)  # as pyproject.toml has it

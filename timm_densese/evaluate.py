@@ -7,18 +7,18 @@ import numpy as np
 from timm.data import ImageNetInfo
 
 from .checkpoints import Checkpoint, load_model, short_name
+from .comparisons import compare_models
 from .data.duplicates import find_copies
 from .data.images import list_images, read_image
 from .data.msld import MSLD_PATIENT, is_msld
 from .data.splits import read_split
-from .errors import ImagesError
+from .errors import ImagesError, OptionError
 from .figures import draw_figures
 from .files import check_new_folder, new_folder, sha256
 from .metrics import (
     Scores,
     bootstrap,
     choose_temperature,
-    compare_models,
     confusion_matrix,
     format_metric,
     score,
@@ -28,9 +28,12 @@ from .metrics import (
 )
 from .predict import compute_logits
 from .report import write_page
+from .subgroups import read_subgroups, subgroup_scores
+from .thresholds import Goal, call, check_goal, choose_thresholds, describe_thresholds, operating_point
 
-__all__ = ['evaluate']
+__all__ = ['ScoredImages', 'evaluate', 'run_split']
 
+_NO_GOAL = Goal()
 _MOST_COMPARED = 20_000  # images that are compared in a few minutes
 
 
@@ -45,6 +48,8 @@ def evaluate(
         workers: int = 2,
         seed: int = 0,
         resamples: int = 1000,
+        goal: Goal = _NO_GOAL,
+        subgroups: Optional[Path] = None,
 ) -> Dict[str, Any]:
     """Score a model on a folder of class folders, and write a page, the figures and every number.
 
@@ -64,6 +69,8 @@ def evaluate(
         workers: Processes that read images.
         seed: Seed of the bootstrap.
         resamples: Samples of the bootstrap.
+        goal: What a threshold is to attain, which is chosen on val/.
+        subgroups: Table, see `timm_densese.subgroups.read_subgroups`.
 
     Returns:
         What metrics.json holds.
@@ -80,7 +87,15 @@ def evaluate(
     loaded = load_model(model, device)
     split = split or ('test' if (data / 'test').is_dir() else '')
     classes = _classes(loaded, data / split)
-    scored = _run_split(loaded, data, split, classes, batch_size, workers)
+    labels = [label for _, label in list_images(data / split).samples]
+    positive = check_goal(goal, classes, np.bincount(labels, minlength=len(classes)).tolist())
+    val = next((name for name in ('val', str(loaded.recipe.get('val_split') or '')) if (data / name).is_dir()), '')
+    val = '' if val == split else val
+    if positive and not val:
+        raise OptionError(f'--sensitivity and --specificity choose a threshold on val/, and {data} has none beside '
+                          f'{split or "what is scored"}.')
+    parts_of = _subgroups(subgroups, data, split) if subgroups else {}
+    scored = run_split(loaded, data, split, classes, batch_size, workers)
     warnings = _leaks(scored, data, loaded.recipe)
     absent = [name for i, name in enumerate(classes) if i not in scored.labels]
     if absent:
@@ -90,9 +105,9 @@ def evaluate(
         warnings.append(f'Images that could not be read, and are not scored: {len(scored.unreadable)}.')
 
     temperature, left_out = None, 'there is no val/ to fit one on'
-    val = next((name for name in ('val', str(loaded.recipe.get('val_split') or '')) if (data / name).is_dir()), '')
-    if val and val != split:
-        validation = _run_split(loaded, data, val, classes, batch_size, workers)
+    validation = None
+    if val:
+        validation = run_split(loaded, data, val, classes, batch_size, workers)
         shared = set(validation.hashes) & set(scored.hashes)
         if shared:
             warnings.append(f'{len(shared)} of the images are in {val}/, too, on which the temperature was fitted.')
@@ -104,11 +119,21 @@ def evaluate(
     calibrated = None if temperature is None else softmax(scored.logits / temperature)
     shown = probabilities if calibrated is None else calibrated
     samples = bootstrap(scored.groups, resamples, seed)
+    threshold = None
+    if positive and validation:
+        threshold = _choose_threshold(
+            validation.labels, softmax(validation.logits / (temperature or 1.)), scored.labels, shown, classes,
+            positive, goal, samples)
+        if 'left_out' in threshold:
+            warnings.append(f'No threshold could be chosen: {threshold["left_out"]}.')
 
     def measure(weights: Optional[np.ndarray]) -> Scores:
         return score(scored.labels, probabilities, classes, calibrated, weights)
 
     scores = with_intervals(measure, samples)
+    parts = subgroup_scores(
+        scored.labels, shown[None], classes, scored.groups,
+        {column: [values[path] for path in scored.paths] for column, values in parts_of.items()}, samples)
     grouped = len(set(scored.groups)) < len(scored.groups)
     unit = 'patients or groups' if grouped else 'images'
     results: Dict[str, Any] = {
@@ -118,10 +143,12 @@ def evaluate(
         'interval': f'95% interval, percentiles of {len(samples)} bootstrap samples of {unit}' if len(samples) else '',
         'conditions': ' '.join(warnings),
         'model': short_name(loaded.source), 'weights': loaded.hash_weights(), 'classes': classes,
-        'temperature': temperature, 'temperature_left_out': left_out or None, 'warnings': warnings,
+        'unit': unit, 'temperature': temperature, 'temperature_left_out': left_out or None, 'warnings': warnings,
         'metrics': {k: v for k, v in scores.items() if '/' not in k},
         'per_class': {name: {k.split('/')[0]: v for k, v in scores.items() if k.endswith(f'/{name}')}
                       for name in classes},
+        'threshold': threshold,
+        'subgroups': parts,
         'confusion': confusion_matrix(scored.labels, probabilities).tolist(),
         'unreadable': scored.unreadable,
         'predictions': [
@@ -134,7 +161,7 @@ def evaluate(
         other_classes = _classes(other, data / split)
         if set(other_classes) != set(classes):
             raise ImagesError(f'{compare} has the classes {other_classes}, {loaded.source} has {classes}.')
-        baseline = _run_split(other, data, split, other_classes, batch_size, workers)
+        baseline = run_split(other, data, split, other_classes, batch_size, workers)
         columns = [other_classes.index(name) for name in classes]
         results.update(compare_models(
             scored.labels, probabilities, softmax(baseline.logits[:, columns]), classes, samples, short_name(compare)))
@@ -149,10 +176,40 @@ def evaluate(
     return results
 
 
+def _choose_threshold(
+        val_labels: np.ndarray,
+        val_probabilities: np.ndarray,
+        labels: np.ndarray,
+        probabilities: np.ndarray,
+        classes: List[str],
+        positive: str,
+        goal: Goal,
+        samples: np.ndarray,
+) -> Dict[str, Any]:
+    found, said = choose_thresholds(val_labels, val_probabilities, classes, positive, goal)
+    if found is None:
+        return {'left_out': said}
+    column = classes.index(positive)
+    called = call(probabilities[:, column], found)[None]
+    return {**goal._asdict(), **found._asdict(), 'where': describe_thresholds([found]), 'rests_on': said,
+            'metrics': operating_point(labels == column, called, samples, goal.prevalence)}
+
+
+def _subgroups(table: Path, data: Path, split: str) -> Dict[str, Dict[Path, str]]:
+    """What a table says of the images, by the names that they had before the split, where split.csv tells them."""
+    paths = [path for path, _ in list_images(data / split).samples]
+    known = {digest: row for row in read_split(data).rows for digest in (row['sha256'], row.get('stored_sha256'))}
+    rows = [known.get(sha256(path)) for path in paths]
+    found = read_subgroups(
+        table, data, [data / row['file'] if row else path for row, path in zip(rows, paths, strict=True)],
+        [row.get('patient', '') if row else '' for row in rows])
+    return {column: dict(zip(paths, values, strict=True)) for column, values in found.items()}
+
+
 # Images, classes and groups.
 
 
-class _Scored(NamedTuple):
+class ScoredImages(NamedTuple):
     """Images of a split that could be read, and what a model says of them.
 
     Attributes:
@@ -195,14 +252,14 @@ def _classes(loaded: Checkpoint, folder: Path) -> List[str]:
     return labels
 
 
-def _run_split(
+def run_split(
         loaded: Checkpoint,
         data: Path,
         split: str,
         classes: List[str],
         batch_size: int,
         workers: int,
-) -> _Scored:
+) -> ScoredImages:
     folder = data / split
     images = list_images(folder)
     place = {label: classes.index(name) for label, name in enumerate(images.classes) if name in classes}
@@ -217,13 +274,13 @@ def _run_split(
     known = {digest: int(group) for digest, group in read_split(data).groups().items()}
     # An image that the table does not know is a group of its own.
     groups = [known.get(digest, -1 - i) for i, digest in enumerate(hashes)]
-    return _Scored(
+    return ScoredImages(
         good, labels[found.indices],
         found.values.double().numpy(), np.unique(groups, return_inverse=True)[1], hashes,
         {str(paths[i].relative_to(data)): error for i, error in found.errors.items()})
 
 
-def _leaks(scored: _Scored, data: Path, recipe: Dict[str, Any]) -> List[str]:
+def _leaks(scored: ScoredImages, data: Path, recipe: Dict[str, Any]) -> List[str]:
     """What the scored images share with those trained on: bytes, groups of split.csv, pictures, MSLD's patients."""
     splits = {'train', str(recipe.get('train_split') or 'train')}
     trained_on = recipe.get('data_dir') or recipe.get('data')

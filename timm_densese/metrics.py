@@ -1,4 +1,4 @@
-"""Scores, intervals and comparisons of predictions, and metrics.json, which holds them.
+"""Scores and intervals of predictions, and metrics.json, which holds them.
 
 Papers:
     * `On Calibration of Modern Neural Networks` - https://arxiv.org/abs/1706.04599
@@ -19,13 +19,11 @@ __all__ = [
     'bootstrap',
     'check_weights',
     'choose_temperature',
-    'compare_models',
     'confusion_matrix',
     'expected_calibration_error',
     'fit_temperature',
     'format_metric',
     'read_metrics',
-    'read_temperature',
     'score',
     'softmax',
     'with_intervals',
@@ -261,52 +259,6 @@ def _parts(samples: np.ndarray) -> Iterator[np.ndarray]:
         yield samples[start:start + step].astype(np.float64)
 
 
-def compare_models(
-        labels: np.ndarray,
-        probabilities: np.ndarray,
-        baseline: np.ndarray,
-        classes: Sequence[str],
-        samples: np.ndarray,
-        name: str,
-) -> Dict[str, Any]:
-    """Compare a model with a baseline on the same images: differences by patient, and McNemar's exact test.
-
-    Args:
-        labels: (N,).
-        probabilities: The model's, (N, num_classes).
-        baseline: The baseline's, (N, num_classes).
-        classes: Names of the classes.
-        samples: What `bootstrap` drew.
-        name: Name of the baseline.
-
-    Returns:
-        `comparison`, the baseline's scores by its name, and `paired`: differences, model minus baseline, and `mcnemar`,
-        which takes images as independent.
-    """
-    from scipy.stats import binomtest
-
-    right, baseline_right = probabilities.argmax(1) == labels, baseline.argmax(1) == labels
-    only_model, only_baseline = int((right & ~baseline_right).sum()), int((~right & baseline_right).sum())
-
-    def measure(weights: Optional[np.ndarray]) -> Scores:
-        ours, base = (score(labels, p, classes, weights=weights) for p in (probabilities, baseline))
-        names = [k for k in ours if '/' not in k]
-        return {**{f'baseline/{k}': base[k] for k in names}, **{f'difference/{k}': ours[k] - base[k] for k in names}}
-
-    found = with_intervals(measure, samples, 'comparison')
-
-    def part(prefix: str) -> Dict[str, Dict[str, Any]]:
-        return {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
-
-    differing = only_model + only_baseline
-    return {
-        'comparison': {name: part('baseline/')},
-        'paired': {'with': name, 'differences': part('difference/'), 'mcnemar': {
-            'right_model_only': only_model, 'right_baseline_only': only_baseline,
-            'p': float(binomtest(only_model, differing).pvalue) if differing else 1.}},
-    }
-
-
 # metrics.json.
 
 
@@ -370,43 +322,17 @@ def check_weights(what: str, results: Dict[str, Any], weights: str) -> None:
 
     Args:
         what: The option and file, for the message.
-        results: What the file holds.
+        results: What the file holds: `weights`, of one model, or `runs`, of a study, by them.
         weights: Hash of the weights that it is to be used with.
 
     Raises:
         MetricsError: It was measured on other weights.
     """
-    if 'weights' not in results:
+    if weights in results.get('runs', ()):
+        return
+    if 'weights' not in results and 'runs' not in results:
         print(f'{what} does not say on which weights it was measured: whether on these is not known.', file=sys.stderr)
-    elif results['weights'] != weights:
+    elif results.get('weights') != weights:
         raise MetricsError(
             f'{what} was measured on other weights, those of {results.get("model", "another model")}. Run '
             f'`timm-densese evaluate` with this model, and give its metrics.json.')
-
-
-def read_temperature(calibration: Optional[Path], weights: str) -> float:
-    """Read the temperature that `timm-densese evaluate` fitted; 1 without a file.
-
-    Args:
-        calibration: metrics.json.
-        weights: Hash of the weights that it is to be used with, of `timm_densese.checkpoints.Checkpoint`.
-
-    Raises:
-        MetricsError: The file holds none, or another model's.
-    """
-    if calibration is None:
-        return 1.
-    try:
-        results = json.loads(calibration.read_text(encoding='utf-8'))
-        if results['temperature'] is None:
-            raise ValueError(results['temperature_left_out'])
-        temperature = float(results['temperature'])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise MetricsError(
-            f'--calibration {calibration} holds no temperature ({type(e).__name__}: {e}). Give the metrics.json of '
-            f'`timm-densese evaluate MODEL DIR --output OUT`, where DIR has a val/.') from e
-    if not 0 < temperature < float('inf'):
-        raise MetricsError(f'--calibration {calibration} has the temperature {temperature}, which is not a positive '
-                           f'number.')
-    check_weights(f'--calibration {calibration}', results, weights)
-    return temperature

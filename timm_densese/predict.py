@@ -17,9 +17,11 @@ from .checkpoints import Checkpoint, load_model
 from .data.images import find_images, read_image
 from .errors import CheckpointError, UserError
 from .files import check_new_file, replace_file
-from .metrics import read_temperature
+from .thresholds import Calibration, name_call, read_calibration
 
 __all__ = ['Logits', 'compute_logits', 'create_image_transform', 'load_batches', 'predict', 'predict_files']
+
+_UNCALIBRATED = Calibration()
 
 
 class _Files(Dataset):
@@ -139,7 +141,7 @@ def predict(
         model: Union[str, Checkpoint],
         images: Sequence[str],
         top_k: int = 5,
-        temperature: float = 1.,
+        calibration: Calibration = _UNCALIBRATED,
         device: str = '',
         batch_size: int = 32,
         workers: int = 0,
@@ -150,14 +152,15 @@ def predict(
         model: What `timm_densese.checkpoints.load_model` takes, or what it returned.
         images: Files, folders and patterns.
         top_k: Classes of each image.
-        temperature: What the logits are divided by, see `timm_densese.metrics.read_temperature`.
+        calibration: What `timm_densese.thresholds.read_calibration` gives: a temperature, thresholds.
         device: Device, by default CUDA where there is one; a model that is loaded already stays where it is.
         batch_size: Images a batch.
         workers: Processes that read images.
 
     Returns:
         A row for each file, in order: `file`, and `predictions`, a list of `class` and `probability` from the most
-        probable on; or `file` and `error`, the reason why it cannot be read.
+        probable on, and with thresholds `called`: the positive class, the other, or 'not sure'; or `file` and `error`,
+        the reason why it cannot be read.
 
     Raises:
         UserError: There are no images, or the model cannot be loaded.
@@ -182,10 +185,15 @@ def predict(
         rows[place]['error'] = error
     if logits.indices:
         names = loaded.class_names
-        top = (logits.values / temperature).softmax(1).topk(min(top_k, len(names)), 1)
+        probabilities = (logits.values / calibration.temperature).softmax(1)
+        top = probabilities.topk(min(top_k, len(names)), 1)
         for place, indices, values in zip(logits.indices, top.indices.tolist(), top.values.tolist(), strict=True):
             rows[place]['predictions'] = [
                 {'class': names[i], 'probability': p} for i, p in zip(indices, values, strict=True)]
+        if thresholds := calibration.thresholds:
+            column = probabilities[:, names.index(thresholds.positive)]
+            for place, probability in zip(logits.indices, column.tolist(), strict=True):
+                rows[place]['called'] = name_call(probability, thresholds, names)
     return rows
 
 
@@ -206,7 +214,7 @@ def predict_files(
         model: As for `predict`, as are `images`, `top_k`, `device`, `batch_size` and `workers`.
         images: Files, folders and patterns.
         top_k: Classes of each image.
-        calibration: metrics.json of `timm-densese evaluate`, whose temperature the logits are divided by.
+        calibration: metrics.json of `timm-densese evaluate` or `timm-densese study`: a temperature, thresholds.
         as_json: Print JSON instead of a table.
         output: CSV file to write, a row for each image and class; replaced if it is there.
         device: Device.
@@ -224,19 +232,22 @@ def predict_files(
     if output:
         check_new_file(output, '--output')
     loaded = load_model(model, device)
-    temperature = read_temperature(calibration, loaded.hash_weights())
-    rows = predict(loaded, images, top_k=top_k, temperature=temperature, batch_size=batch_size, workers=workers)
+    use = read_calibration(calibration, loaded.hash_weights(), loaded.class_names)
+    rows = predict(loaded, images, top_k=top_k, calibration=use, batch_size=batch_size, workers=workers)
     good = [row for row in rows if 'error' not in row]
     errors = {row['file']: row['error'] for row in rows if 'error' in row}
     if output:
         _write_csv(output, good)
     if as_json:
-        print(json.dumps({'model': loaded.source, 'temperature': temperature, 'calibrated': calibration is not None,
+        print(json.dumps({'model': loaded.source, 'temperature': use.temperature, 'calibrated': calibration is not None,
+                          'threshold': use.thresholds and use.thresholds._asdict(),
                           'predictions': good, 'unreadable': errors}, indent=1))
     else:
         width = max((len(row['file']) for row in good), default=0)
+        longest = max((len(row.get('called', '')) for row in good), default=0)
         for row in good:
-            print(f'{row["file"]:{width}}  '
+            called = f'{row["called"]:{longest}}  ' if 'called' in row else ''
+            print(f'{row["file"]:{width}}  {called}'
                   + '  '.join(f'{p["class"]} {p["probability"]:.1%}' for p in row['predictions']))
         if not loaded.label_names:
             print('The classes are numbers, the places of the outputs: their names are not known. Give --class-names.',
@@ -254,8 +265,10 @@ def predict_files(
 def _write_csv(file: Path, rows: Sequence[Dict[str, Any]]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['file', 'rank', 'class', 'probability'])
+    with_calls = any('called' in row for row in rows)
+    writer.writerow(['file', 'rank', 'class', 'probability', *(['called'] if with_calls else [])])
     for row in rows:
         for rank, prediction in enumerate(row['predictions'], 1):
-            writer.writerow([row['file'], rank, prediction['class'], prediction['probability']])
+            writer.writerow([row['file'], rank, prediction['class'], prediction['probability'],
+                             *([row['called']] if with_calls else [])])
     replace_file(file, text.getvalue())

@@ -15,7 +15,10 @@ from .data.images import read_image
 from .figures import lettering_note
 from .metrics import format_metric
 
-__all__ = ['FONTS', 'STYLE', 'Overlay', 'write_explanation', 'write_page']
+__all__ = [
+    'FONTS', 'STYLE', 'Overlay', 'embed', 'fold', 'in_words', 'scale_of_scores', 'subgroup_sections', 'table',
+    'threshold_section', 'write_explanation', 'write_html', 'write_page',
+]
 
 _WORST = 24
 _OVERLAYS, _OVERLAYS_OF_A_CLASS = 120, 12
@@ -41,8 +44,15 @@ _CLASS_SCORES = {
     'precision': 'precision', 'recall': 'recall (sensitivity)', 'f1': 'F1', 'specificity': 'specificity',
     'auroc': 'area under ROC', 'auprc': 'average precision'}
 _CALIBRATED = '_calibrated'
-
-
+_POINT = {
+    'sensitivity': ('sensitivity', 'share of the positive images that are not called negative'),
+    'specificity': ('specificity', 'share of the others that are not called positive'),
+    'ppv': ('positive predictive value', 'share of those called positive that are'),
+    'npv': ('negative predictive value', 'share of those called negative that are'),
+    'ppv_at_prevalence': ('positive predictive value', 'the same, at the prevalence given'),
+    'npv_at_prevalence': ('negative predictive value', 'the same, at the prevalence given'),
+    'not_sure': ('not sure', 'share of the images between the two thresholds'),
+}
 _CAPTIONS = {
     'confusion.png': 'Which class is called what', 'roc.png': 'ROC curves', 'pr.png': 'Precision and recall',
     'reliability.png': 'Confidence, and how often it is right'}
@@ -100,7 +110,7 @@ STYLE = '''
 '''.replace('FONTS', ', '.join(f'"{font}"' if ' ' in font else font for font in FONTS))
 
 
-def _write(file: Path, title: str, warnings: Sequence[str], sentence: str, body: Sequence[str]) -> None:
+def write_html(file: Path, title: str, warnings: Sequence[str], sentence: str, body: Sequence[str]) -> None:
     """Write a page: warnings above all else, then one sentence that says what a reader came for."""
     page = '\n'.join([
         '<!DOCTYPE html>', '<html lang="en"><head><meta charset="utf-8">',
@@ -111,20 +121,20 @@ def _write(file: Path, title: str, warnings: Sequence[str], sentence: str, body:
     file.write_text(page, encoding='utf-8', errors='backslashreplace')  # a file's name may be no text
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An HTML table; what is in the cells is HTML already."""
     head = ''.join(f'<th>{cell}</th>' for cell in header)
     body = ''.join('<tr>' + ''.join(f'<td>{cell}</td>' for cell in row) + '</tr>' for row in rows)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _fold(title: str, content: str, rows: int = 0) -> str:
+def fold(title: str, content: str, rows: int = 0) -> str:
     """A part of the page that folds; a long one is closed at first. On paper it is open."""
     is_open = ' open' if rows <= _LONG_TABLE else ''
     return f'<details{is_open}><summary>{html.escape(title)}</summary>{content}</details>'
 
 
-def _embed(content: bytes, kind: str, alt: str) -> str:
+def embed(content: bytes, kind: str, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
@@ -138,14 +148,14 @@ def _thumbnail(image: Image.Image, side: int) -> bytes:
 # The page of an evaluation.
 
 
-def _in_words(name: str, classes: int = 2) -> Tuple[str, str]:
+def in_words(name: str, classes: int = 2) -> Tuple[str, str]:
     """A score's name in words, and what it means."""
     title, meaning = _SCORES[name.removesuffix(_CALIBRATED)]
     title += ', with temperature' if name.endswith(_CALIBRATED) else ''
     return title, meaning.format(guess=1 / classes, log=math.log(classes))
 
 
-def _scale(metric: Dict[str, Any], kind: str = '') -> str:
+def scale_of_scores(metric: Dict[str, Any], kind: str = '') -> str:
     """A score as a point with its interval, on a scale from 0 to 1; an arrow says that it goes on beyond."""
     low, high = metric.get('low', metric['value']), metric.get('high', metric['value'])
     left, point, right = (100 * min(max(x, 0.), 1.) for x in (low, metric['value'], high))
@@ -160,12 +170,12 @@ def _scores(results: Dict[str, Any], classes: int) -> List[str]:
     rows = [f'<div class="score"><small>Points are scores, lines their intervals: {results["interval"] or "none"}. An '
             f'arrow: it goes on beyond 1.</small><div class="scale">{ticks}</div></div>']
     for name, metric in results['metrics'].items():
-        title, meaning = _in_words(name, classes)
-        row = [f'<div><b>{title}</b>: {format_metric(metric)}<small>{meaning}</small></div>', _scale(metric)]
+        title, meaning = in_words(name, classes)
+        row = [f'<div><b>{title}</b>: {format_metric(metric)}<small>{meaning}</small></div>', scale_of_scores(metric)]
         for other, metrics in results.get('comparison', {}).items():
             if name in metrics:
                 row += [f'<small>{html.escape(other)}: {format_metric(metrics[name])}</small>',
-                        _scale(metrics[name], 'other')]
+                        scale_of_scores(metrics[name], 'other')]
         rows.append(f'<div class="score">{"".join(row)}</div>')
     return rows
 
@@ -203,42 +213,81 @@ def write_page(
         f'<p>Measured on {html.escape(where)}. {_NOTICE}</p>',
         '<h2>Scores</h2>', *_scores(results, len(np.unique(labels))),
         '<h2>Figures</h2><div class="figures">',
-        *(f'<figure>{_embed(content, "png", _CAPTIONS[name])}<figcaption>{_CAPTIONS[name]}</figcaption></figure>'
+        *(f'<figure>{embed(content, "png", _CAPTIONS[name])}<figcaption>{_CAPTIONS[name]}</figcaption></figure>'
           for name, content in figures.items()), '</div>',
         lettering_note(classes),
     ]
     if results['temperature'] is not None:
         body.append(f'<p>Temperature, fitted on val/: {results["temperature"]:.3f}. '
                     f'<code>timm-densese predict --calibration metrics.json</code> uses it.</p>')
-    body.append(_fold('Scores in numbers', _table(
+    body.append(fold('Scores in numbers', table(
         ('score', html.escape(results['model']), *map(html.escape, others)),
-        [(_in_words(name)[0], format_metric(metric), *(format_metric(other.get(name)) for other in others.values()))
+        [(in_words(name)[0], format_metric(metric), *(format_metric(other.get(name)) for other in others.values()))
          for name, metric in results['metrics'].items()])))
-    body.append(_fold('By class', (
+    body.append(fold('By class', (
         '<p>Precision: of the images called this class, the share that is. Recall: of its images, the share found. F1: '
         'their harmonic mean. Specificity: of the other images, the share not called it.</p>'
-        + _table(('class', 'images', *_CLASS_SCORES.values()),
+        + table(('class', 'images', *_CLASS_SCORES.values()),
                  [(names[i], str(int((labels == i).sum())),
                    *(format_metric(results['per_class'][name].get(score)) for score in _CLASS_SCORES))
                   for i, name in enumerate(classes)])), len(classes)))
     if 'paired' in results:
         paired = results['paired']
         mcnemar = paired['mcnemar']
-        body.append(_fold(f'Against {paired["with"]}', (
+        body.append(fold(f'Against {paired["with"]}', (
             f'<p>Only this model is right on {mcnemar["right_model_only"]} images, only the other on '
             f'{mcnemar["right_baseline_only"]}: McNemar\'s exact test gives p = {mcnemar["p"]:.3f}. It takes images as '
             f'independent, which those of one patient are not; the intervals below do not.</p>'
-            + _table(('score', 'difference'),
-                     [(_in_words(k)[0], format_metric(v)) for k, v in paired['differences'].items()]))))
+            + table(('score', 'difference'),
+                     [(in_words(k)[0], format_metric(v)) for k, v in paired['differences'].items()]))))
 
+    body += threshold_section(results)
+    body += subgroup_sections(results)
     sure = probabilities.max(1)
     wrong = [i for i in np.argsort(-sure, kind='stable') if probabilities[i].argmax() != labels[i]][:_WORST]
-    body.append(_fold('Worst errors', f'<p>The {len(wrong)} that were most sure of something else.</p>' + _grid([
-        _embed(_thumbnail(read_image(paths[i]), 128), 'jpeg', paths[i].name) + '<figcaption>'
+    body.append(fold('Worst errors', f'<p>The {len(wrong)} that were most sure of something else.</p>' + _grid([
+        embed(_thumbnail(read_image(paths[i]), 128), 'jpeg', paths[i].name) + '<figcaption>'
         f'Is {names[labels[i]]}, called <b>{names[probabilities[i].argmax()]}</b> with {sure[i]:.1%}.<br>'
         f'{html.escape(results["predictions"][i]["file"])}</figcaption>' for i in wrong])))
     body += _unreadable(results['unreadable'])
-    _write(file, f'{results["model"]} on {dataset["name"]}', results['warnings'], sentence, body)
+    write_html(file, f'{results["model"]} on {dataset["name"]}', results['warnings'], sentence, body)
+
+
+def threshold_section(results: Dict[str, Any]) -> List[str]:
+    """The part of a page on thresholds; none where none was asked for."""
+    point = results['threshold']
+    if not point:
+        return []
+    if 'left_out' in point:
+        return [f'<h2>Threshold</h2><p>None could be chosen: {html.escape(point["left_out"])}.</p>']
+    positive = html.escape(point['positive'])
+    asked = ' and '.join(f'a {name} of {point[name]:g}' for name in ('sensitivity', 'specificity')
+                         if point[name] is not None)
+    two = (' Below the first an image is called negative, from the second on positive, and between them "not sure".'
+           if point['low'] != point['high'] else '')
+    rows = []
+    for name, value in point['metrics'].items():
+        words, meaning = _POINT[name]
+        words += f' at a prevalence of {point["prevalence"]:g}' if name.endswith('at_prevalence') else ''
+        rows.append(f'<div class="score"><div><b>{words}</b>: {format_metric(value)}<small>{meaning}</small></div>'
+                    f'{scale_of_scores(value)}</div>')
+    return [
+        f'<h2>{html.escape(results["model"])} with a threshold</h2>',
+        f'<p>Chosen for {asked} on validation images, for {positive}: {point["where"]} '
+        f'({html.escape(point["rests_on"])}). Measured on test images, which chose nothing.{two} '
+        f'<code>timm-densese predict --calibration metrics.json</code> uses the threshold of the checkpoint that it is '
+        f'given.</p>', *rows]
+
+
+def subgroup_sections(results: Dict[str, Any]) -> List[str]:
+    """A part of a page for each column of the subgroups."""
+    return [fold(f'{results["model"]} by {column}', table(
+        (html.escape(column), 'images', html.escape(results['unit']), in_words('balanced_accuracy')[0],
+         'area under ROC', ''),
+        [(html.escape(value), str(part['images']), str(part['groups']),
+          format_metric(part['metrics'].get('balanced_accuracy')), format_metric(part['metrics'].get('auroc')),
+          'few: this tells little' if part['few'] else '') for value, part in values.items()]))
+        for column, values in results['subgroups'].items()]
 
 
 def _grid(cells: Sequence[str], kind: str = '') -> str:
@@ -247,7 +296,7 @@ def _grid(cells: Sequence[str], kind: str = '') -> str:
 
 def _unreadable(errors: Dict[str, str]) -> List[str]:
     rows = [(html.escape(file), html.escape(reason)) for file, reason in errors.items()]
-    return [_fold('Not readable', _table(('file', 'reason'), rows), len(rows))] if rows else []
+    return [fold('Not readable', table(('file', 'reason'), rows), len(rows))] if rows else []
 
 
 # The page of an explanation.
@@ -307,7 +356,7 @@ def write_explanation(
         cells = []
         for overlay in some:
             with Image.open(file.parent / overlay.file) as picture:
-                thumbnail = _embed(_thumbnail(picture, 480), 'jpeg', overlay.file)
+                thumbnail = embed(_thumbnail(picture, 480), 'jpeg', overlay.file)
             called = html.escape(overlay.called)
             cells.append(
                 f'<a href="{quote(os.fsencode(overlay.file))}">{thumbnail}</a><figcaption>'
@@ -319,15 +368,15 @@ def write_explanation(
             '<h2>What its gates did</h2>',
             '<p>A gate multiplies one channel. At 1, the dotted line, it leaves the channel as it is; at 0 it shuts it '
             'off; at 2 it doubles it. Each line is the mean over the images of one class: where the lines part, the '
-            'gate treats the classes differently.</p>', _embed(gates, 'png', 'Mean gate of each channel by class'),
+            'gate treats the classes differently.</p>', embed(gates, 'png', 'Mean gate of each channel by class'),
             lettering_note(list(profile['images'])),
-            _fold('Gates in numbers', (
+            fold('Gates in numbers', (
                 '<p>Between classes: the share of a gate\'s variance that lies between classes, on average over the '
                 f'channels (eta squared). Saturated: above {profile["saturated_above"]}. Dead: below '
                 f'{profile["dead_below"]}. Every channel is in excitation.csv.</p>'
-                + _table(('attention', 'channels', 'mean gate', 'between classes', 'saturated', 'dead'), [
+                + table(('attention', 'channels', 'mean gate', 'between classes', 'saturated', 'dead'), [
                     (html.escape(site), str(row['channels']), f'{row["mean"]:.3f}', f'{row["eta_squared"]:.3f}',
                      str(row['saturated']), str(row['dead'])) for site, row in sites.items()])), len(sites))]
     else:
         body.append('<p>It has no attention of this package, so there are no gates to show.</p>')
-    _write(file, f'{model}, explained', warnings, sentence + '.', [*body, *_unreadable(errors)])
+    write_html(file, f'{model}, explained', warnings, sentence + '.', [*body, *_unreadable(errors)])

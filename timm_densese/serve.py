@@ -11,9 +11,9 @@ from .checkpoints import Checkpoint, load_model, short_name
 from .data.images import read_image
 from .errors import UserError
 from .explain import draw_gates, grad_cam, overlay, read_gates
-from .metrics import read_temperature
 from .predict import create_image_transform
 from .report import FONTS, STYLE
+from .thresholds import name_call, read_calibration
 
 __all__ = ['create_page', 'serve']
 
@@ -42,13 +42,13 @@ def create_page(model: Union[str, Checkpoint], calibration: Optional[Path] = Non
     import gradio as gr
 
     loaded = load_model(model, device)
-    temperature = read_temperature(calibration, loaded.hash_weights())
+    use = read_calibration(calibration, loaded.hash_weights(), loaded.class_names)
     net = loaded.model
     names = loaded.class_names
     transform = create_image_transform(loaded.data_config)
     has_gates = bool(getattr(net, 'attn_sites', None))
 
-    def answer(file: Optional[str]) -> Tuple[Any, Any, Any]:
+    def answer(file: Optional[str]) -> Tuple[Any, Any, Any, str]:
         if not file:
             raise gr.Error('Choose an image first.')
         try:
@@ -63,14 +63,18 @@ def create_page(model: Union[str, Checkpoint], calibration: Optional[Path] = Non
         except Exception as e:  # PIL's decoders raise whatever they meet
             raise gr.Error(f'This file cannot be read as an image ({type(e).__name__}: {e}).') from e
         with torch.inference_mode():
-            probabilities = (net(image).float() / temperature).softmax(1)[0].tolist()
+            probabilities = (net(image).float() / use.temperature).softmax(1)[0].tolist()
         cam = overlay(photo, grad_cam(net, image)[0], loaded.data_config)
         figure = None
         if has_gates:
             gates = read_gates(net, image)
             figure = draw_gates({site: {'this image': values[0].numpy()} for site, values in
                                  list(gates.items())[-_SITES_SHOWN:]})
-        return dict(zip(names, probabilities, strict=True)), cam, figure
+        said = ''
+        if use.thresholds:
+            probability = probabilities[names.index(use.thresholds.positive)]
+            said = f'At the threshold of the calibration: **{name_call(probability, use.thresholds, names)}**'
+        return dict(zip(names, probabilities, strict=True)), cam, figure, said
 
     with gr.Blocks(title='timm-densese', analytics_enabled=False) as page:
         gr.HTML(f'<div class="warning">{NOTICE}</div>')
@@ -83,11 +87,12 @@ def create_page(model: Union[str, Checkpoint], calibration: Optional[Path] = Non
             with gr.Column():
                 label = gr.Label(num_top_classes=_TOP_K, elem_id='prediction', label=(
                     'Prediction, calibrated' if calibration else 'Prediction, probabilities not calibrated'))
+                called = gr.Markdown(visible=use.thresholds is not None)
                 cam = gr.Image(label='What it looked at (Grad-CAM)', interactive=False, height=300, elem_id='cam')
         gr.Markdown('### Gates of the channels\nA gate multiplies one channel. At 1 it leaves the channel as it is, at '
                     '0 it shuts it off, at 2 it doubles it.', visible=has_gates)
         gates = gr.Plot(show_label=False, visible=has_gates, elem_id='gates')
-        button.click(answer, file, [label, cam, gates])
+        button.click(answer, file, [label, cam, gates, called])
     return page
 
 
@@ -102,7 +107,7 @@ def serve(
 
     Args:
         model: What `timm_densese.checkpoints.load_model` takes, or what it returned.
-        calibration: metrics.json of `timm-densese evaluate`.
+        calibration: metrics.json of `timm-densese evaluate` or `timm-densese study`.
         device: Device, by default CUDA where there is one.
         port: Port.
         host: Address to listen on, 0.0.0.0 for all of this computer's: in a container, for example.

@@ -32,8 +32,8 @@ class SplitTable(NamedTuple):
     """What split.csv says of a folder.
 
     Attributes:
-        rows: Its rows: file, label, group, sha256 (of the source), stored_sha256 (of the file in the split), split or
-            fold0, fold1, ..., error. Empty where there is no table.
+        rows: Its rows: file, label, group, patient (where it is known), sha256 (of the source), stored_sha256 (of the
+            file in the split), split or fold0, fold1, ..., error. Empty where there is no table.
         column: The column that says train, val or test for this folder.
     """
     rows: List[Dict[str, str]]
@@ -307,11 +307,11 @@ def _write(images: Sequence[SplitImage], src: Path, output: Path, folds: Optiona
         fold_columns = [f'fold{k}' for k in range(folds)] if folds else ['split']
         with open(work / _TABLE, 'w', **_TEXT) as table:  # type: ignore[call-overload]
             writer = csv.writer(table)
-            writer.writerow(['file', 'label', 'group', 'sha256', 'stored_sha256', *fold_columns, 'error'])
+            writer.writerow(['file', 'label', 'group', 'patient', 'sha256', 'stored_sha256', *fold_columns, 'error'])
             for image in images:
                 splits = image.splits or [''] * len(fold_columns)
-                writer.writerow([image.path.relative_to(src).as_posix(), image.label, image.group, image.sha256,
-                                 stored.get(image.path, ''), *splits, image.error])
+                writer.writerow([image.path.relative_to(src).as_posix(), image.label, image.group, image.patient,
+                                 image.sha256, stored.get(image.path, ''), *splits, image.error])
     for change, count in sorted(changes.items()):
         print(f'{count} images are {change}')
     if linked:

@@ -143,7 +143,7 @@ class _Images(Dataset):
         self.samples = samples
         self.transform = transform
         self.seed = seed
-        self.epoch = 0
+        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # workers, which live on, see it change
         self.told: Set[Path] = set()
 
     def __len__(self) -> int:
@@ -153,7 +153,7 @@ class _Images(Dataset):
         image, label = self._read(index)
         if self.seed is None:
             return self.transform(image), label
-        seed = int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])
+        seed = int(np.random.SeedSequence((self.seed, int(self.epoch), index)).generate_state(1)[0])
         random.seed(seed)
         np.random.seed(seed)
         with torch.random.fork_rng(devices=[]):  # with workers=0 this process draws the model's dropout
@@ -201,15 +201,16 @@ def _create_loaders(
         std=data_config['std'], re_prob=config.reprob, re_mode='pixel')
     batch_size = min(config.batch_size, len(train_set.samples) // world)
     train_images = _Images(train_set.samples, train_transform, config.seed)
+    # Workers live on from epoch to epoch: where processes are not forked, each takes seconds to start.
+    workers: Dict[str, Any] = {'num_workers': config.workers, 'persistent_workers': config.workers > 0}
     # The sampler deals the shuffled images out one by one: batch k of all processes together holds the same images,
     # however many processes there are.
     train_loader = DataLoader(
-        train_images, batch_size, num_workers=config.workers, drop_last=True,
+        train_images, batch_size, drop_last=True, **workers,
         sampler=DistributedSampler(train_images, world, rank, shuffle=True, seed=config.seed, drop_last=True))
     val_loader = DataLoader(
         _Images(val_set.samples, create_transform(**data_config)), config.validation_batch_size or config.batch_size,
-        num_workers=config.workers,
-        sampler=range(rank, len(val_set.samples), world))
+        **workers, sampler=range(rank, len(val_set.samples), world))
     return train_loader, val_loader
 
 

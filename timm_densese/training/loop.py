@@ -15,7 +15,7 @@ from timm.utils import dispatch_clip_grad, init_distributed_device, random_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm  # comes with huggingface_hub
 
-from ..errors import OptionError, TrainingError
+from ..errors import OptionError, TrainingError, TrainingFinishedError
 from ..files import check_writable
 from .build import Run, build_run
 from .config import TrainConfig
@@ -116,7 +116,7 @@ def _run_epochs(run: Run, records: Optional[Records], best: Optional[Dict[str, A
     if records and best:
         records.draw_curves()
     if run.start_epoch >= config.epochs or best is None:
-        raise TrainingError(
+        raise TrainingFinishedError(
             f'--resume {config.resume} is finished: {run.start_epoch} epochs are done, and --epochs is '
             f'{config.epochs}. To train it further, raise --epochs.')
     if records:
@@ -133,7 +133,7 @@ def _train_epoch(run: Run, epoch: int, batches: int = sys.maxsize) -> float:
     config, task, loader = run.config, run.task, run.train_loader
     random_seed(config.seed, epoch)
     loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-    loader.dataset.epoch = epoch  # type: ignore[attr-defined]
+    loader.dataset.epoch.fill_(epoch)  # type: ignore[attr-defined]
     model: Any = task.get_trainable_module()
     model.train()
     run.optimizer.zero_grad()

@@ -1,0 +1,118 @@
+"""Comparisons against scipy, and studies drawn where the truth is known."""
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sk
+
+from timm_densese.comparisons import (
+    corrected_t_test,
+    describe_difference,
+    detectable_difference,
+    holm,
+    mean_scores,
+    power,
+)
+from timm_densese.metrics import bootstrap
+from timm_densese.pooled import Pool, score_pool
+from timm_densese.thresholds import Goal
+
+CLASSES = ['well', 'ill']
+
+
+def test_t_test_without_overlap_is_scipys():
+    differences = np.random.default_rng(0).normal(.02, .05, 10)
+    found = corrected_t_test(differences, train=1, test=0)
+    expected = stats.ttest_1samp(differences, 0)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.mean / found.error == pytest.approx(expected.statistic)
+    overlapping = corrected_t_test(differences, train=80, test=20)
+    assert overlapping.error == pytest.approx(differences.std(ddof=1) * np.sqrt(1 / 10 + .25))
+
+
+@pytest.mark.parametrize('differences', [np.zeros(5), np.full(5, .1), np.array([.1])])
+def test_runs_that_do_not_differ_tell_nothing(differences):
+    assert corrected_t_test(differences, 80, 20).p == 1
+
+
+def test_holm_by_hand():
+    assert holm([.04, .01, .5, .02]) == pytest.approx([.08, .04, .5, .06])
+    assert holm([.6, .9]) == [1, 1]
+    assert holm([]) == []
+
+
+def test_power_is_how_often_the_test_finds():
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(.05, .05, (4000, 6))
+    error = .05 / np.sqrt(6)
+    found = np.mean([stats.ttest_1samp(row, 0).pvalue < .05 for row in drawn])
+    assert power(.05, error, 5) == pytest.approx(found, abs=.025)
+    assert power(detectable_difference(error, 5), error, 5) == pytest.approx(.8, abs=1e-6)
+    assert power(0, error, 5, level=.01) == pytest.approx(.01)
+    assert detectable_difference(1., 1, .01) > 100  # two runs tell next to nothing
+
+
+def test_words():
+    test = corrected_t_test(np.array([.1, .12, .09, .11, .1]), 80, 20)
+    said = describe_difference(test, test.p, {'value': .1, 'low': .05, 'high': .15}, 1, 60, 'patients')
+    assert (said['verdict'], said['words']) == ('better', 'better, by 0.100')
+    across = describe_difference(test, test.p, {'value': .1, 'low': -.01, 'high': .21}, 1, 60, 'patients')
+    assert across['verdict'] == 'cannot tell'
+    test = corrected_t_test(np.array([-.1, -.12, -.09, -.11, -.1]), 80, 20)
+    said = describe_difference(test, test.p, {'value': -.1, 'low': -.15, 'high': -.05}, 1, 60, 'patients')
+    assert said['verdict'] == 'worse'
+    test = corrected_t_test(np.array([.1, -.02, .06, .03, -.04]), 80, 20)
+    said = describe_difference(test, test.p, {'value': .03, 'low': -.1, 'high': .1}, 1, 60, 'patients')
+    assert said['verdict'] == 'cannot tell'
+    # Four times the patients halve the error.
+    assert said['patients_needed'] == pytest.approx(60 * (said['detectable'] / test.mean) ** 2, abs=1)
+    assert 'patients would' in said['words']
+    test = corrected_t_test(np.array([.1, -.1, .1, -.1]), 80, 20)
+    said = describe_difference(test, 1., {'value': 0., 'low': -.1, 'high': .1}, 1, 60, 'patients')
+    assert said['patients_needed'] is None
+    assert 'nor would 100 times as many' in said['words']
+
+
+def test_mean_over_seeds_is_sklearns():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(3, size=60)
+    p = rng.dirichlet(np.ones(3), (2, 60))
+    found = mean_scores(labels, p, 'abc')
+    assert found['auroc'][0] == pytest.approx(np.mean(
+        [sk.roc_auc_score(labels, q, multi_class='ovr', average='macro') for q in p]))
+    assert found['balanced_accuracy'][0] == pytest.approx(np.mean(
+        [sk.balanced_accuracy_score(labels, q.argmax(1)) for q in p]))
+
+
+# Studies without a training: predictions are drawn, patients have several images that are alike.
+
+
+def draw(rng, patients=80, seeds=2, folds=5, shifts=(0., 0.), of_patient=1., of_run=.1, images=3.):
+    """Draw the predictions of models whose evidence for the right class is 1 plus a shift; of_patient and of_run say
+    how much it varies between patients, for each model, and between runs."""
+    sizes = 1 + rng.poisson(images, patients)
+    ill = rng.permutation(patients) % 2
+    groups = np.repeat(np.arange(patients), sizes)
+    labels, fold_of = ill[groups], (rng.permutation(patients) % folds)[groups]
+    shared = rng.normal(0, of_patient, patients)[groups] + rng.normal(0, 1, len(groups))
+    probabilities = {}
+    for i, shift in enumerate(shifts):
+        own = rng.normal(0, .7 * of_patient, patients)[groups]
+        runs = rng.normal(0, of_run, (seeds, folds))[:, fold_of]
+        evidence = 1 + shift + shared + own + runs + rng.normal(0, .7, (seeds, len(groups)))
+        right = 1 / (1 + np.exp(-evidence))
+        of_class = labels == np.arange(2)[:, None, None]
+        probabilities[f'model{i}'] = np.where(of_class, right, 1 - right).transpose(1, 2, 0)
+    return Pool(CLASSES, [str(i) for i in range(len(groups))], labels, groups, fold_of,
+                {name: list(range(seeds)) for name in probabilities}, probabilities, {})
+
+
+def judge(pool, samples=100):
+    found = score_pool(pool, 'model0', Goal(), bootstrap(pool.groups, samples), 'patients', train=70, test=20)
+    return {name: model for name, model in found['models'].items() if name != 'model0'}
+
+
+def test_models_that_do_not_differ_are_seldom_said_to():
+    rng = np.random.default_rng(0)
+    said = [any(model['test']['verdict'] != 'cannot tell' for model in judge(draw(rng, shifts=(0., 0., 0.))).values())
+            for _ in range(400)]
+    assert np.mean(said) <= .05

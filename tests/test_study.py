@@ -1,0 +1,272 @@
+"""A study as a user runs it: whole, killed, in two processes, with runs that fail, and what it says."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import PageReader, run_cli, start_cli
+from sklearn import metrics as sk
+
+from timm_densese.data.splits import read_split
+from timm_densese.demo import generate_images
+from timm_densese.errors import OptionError
+from timm_densese.study import parse_model
+
+KWARGS = "growth_rate=4 block_config=(2,3,2)"
+MODELS = [f'densenet121 {KWARGS}', f'se_densenet121 {KWARGS}']
+OPTIONS = ('--folds', 2, '--img-size', 32, '--epochs', 2, '--batch-size', 8, '--workers', 0, '--lr', .01,
+           '--no-model-ema')
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """40 images of 20 patients, two of each class."""
+    root = tmp_path_factory.mktemp('study')
+    generate_images(root / 'images', per_class=20, size=48)
+    with open(root / 'patients.csv', 'w', newline='') as file:
+        writer = csv.writer(file)
+        writer.writerow(['file', 'patient', 'site'])
+        for i, path in enumerate(sorted((root / 'images').rglob('*.png'))):
+            writer.writerow([path.relative_to(root / 'images'), f'P{i // 2}', 'A' if i < 6 else 'B'])
+    return root
+
+
+@pytest.fixture(scope='module')
+def whole(images):
+    """A study of two models that nothing disturbed."""
+    output = images / 'whole'
+    done = run_cli(*command(images, output), '--sensitivity', .9, '--prevalence', .05, '--positive', 'spots',
+                   '--subgroups', images / 'patients.csv')
+    assert done.returncode == 0, done.stderr
+    return output, done.stdout
+
+
+def command(images, output, *more):
+    return ('study', images / 'images', '--models', *MODELS, *OPTIONS, '--groups', images / 'patients.csv', '--output',
+            output, *more)
+
+
+def read(output):
+    with open(output / 'predictions.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_image_is_tested_once_by_models_that_never_saw_its_patient(whole):
+    output, _ = whole
+    rows = read(output)
+    for model in MODELS:
+        tested = [row for row in rows if row['model'] == model and row['split'] == 'test']
+        assert len(tested) == len({row['image'] for row in tested}) == 40
+    for fold in '01':
+        trained_on = {row['group'] for row in read_split(output / 'split' / f'fold{fold}').rows
+                      if row[f'fold{fold}'] == 'train'}
+        assert trained_on
+        assert not trained_on & {row['group'] for row in rows if row['fold'] == fold}
+
+
+def test_scores_are_those_of_the_predictions(whole):
+    output, said = whole
+    results = json.loads((output / 'metrics.json').read_text())
+    for model in MODELS:
+        rows = [row for row in read(output) if row['model'] == model and row['split'] == 'test']
+        truth = np.array([row['label'] == 'stripes' for row in rows])
+        p = np.array([float(row['probability stripes']) for row in rows])
+        metrics = results['models'][model]['metrics']
+        assert metrics['auroc']['value'] == pytest.approx(sk.roc_auc_score(truth, p))
+        assert metrics['balanced_accuracy']['value'] == pytest.approx(sk.balanced_accuracy_score(truth, p > .5))
+    assert '4 runs: 2 models, 2 folds, 1 seed; 4 are to be done.' in said
+    assert '[1/4]' in said
+    assert '3 left, about' in said
+    difference = results['models'][MODELS[1]]['differences']['balanced_accuracy']['value']
+    assert difference == pytest.approx(results['models'][MODELS[1]]['metrics']['balanced_accuracy']['value']
+                                       - results['models'][MODELS[0]]['metrics']['balanced_accuracy']['value'])
+
+
+def test_page_and_tables(whole):
+    output, _ = whole
+    page = PageReader((output / 'report.html').read_text())
+    for words in (*MODELS, 'cannot tell', 'sensitivity', 'prevalence of 0.05', 'site', 'few: this tells little'):
+        assert words in page.text, words
+    table = (output / 'table.md').read_text()
+    assert table.count('\n') == 4
+    assert 'difference from densenet121' in table
+    with open(output / 'scores.csv', newline='') as file:
+        scores = list(csv.DictReader(file))
+    assert {row['model'] for row in scores} == set(MODELS)
+
+
+def test_predict_uses_the_threshold_of_its_checkpoint(whole, images, tmp_path):
+    output, _ = whole
+    results = json.loads((output / 'metrics.json').read_text())
+    known = list(results['runs'].values())
+    assert len(known) == 2
+    for run in known:
+        shown = run_cli('predict', output / run['checkpoint'], images / 'images' / 'spots', '--calibration',
+                        output / 'metrics.json', '--json')
+        assert shown.returncode == 0, shown.stderr
+        found = json.loads(shown.stdout)
+        assert found['threshold']['low'] == run['threshold']['low']
+        for row in found['predictions']:
+            p, = (c['probability'] for c in row['predictions'] if c['class'] == 'spots')
+            assert row['called'] == ('spots' if p >= run['threshold']['low'] else 'stripes')
+    other = next(name for name in MODELS if name != results['model'])
+    folder = next(folder for folder in (output / 'runs').iterdir() if folder.name.startswith(other.split()[0]))
+    refused = run_cli('predict', folder / 'fold0-seed42' / 'model_best.pth.tar', images / 'images', '--calibration',
+                      output / 'metrics.json')
+    assert refused.returncode == 1
+    assert 'other weights' in refused.stderr
+
+
+def test_publish_takes_its_scores_with_a_checkpoint_of_its_best_model(whole, tmp_path):
+    output, _ = whole
+    results = json.loads((output / 'metrics.json').read_text())
+    run = next(iter(results['runs'].values()))
+    done = run_cli('publish', output / run['checkpoint'], 'me/best', '--metrics', output / 'metrics.json', '--output',
+                   tmp_path / 'model')
+    assert done.returncode == 0, done.stderr
+    assert 'timm-densese study' in (tmp_path / 'model' / 'README.md').read_text()
+
+
+@pytest.mark.slow
+def test_killed_at_three_moments_and_resumed_equals_an_uninterrupted_one(images, tmp_path):
+    for name in ('whole', 'killed'):
+        args = command(images, tmp_path / name, '--epochs', 12)
+        moments = iter((1.5, 3., 5.)) if name == 'killed' else iter(())
+        while True:
+            process = start_cli(*args, stderr=tmp_path / 'stderr.txt')
+            moment = next(moments, None)
+            process.join(moment)
+            if moment is None:
+                break
+            assert process.exitcode is None, 'it was done before it could be killed'
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        assert process.exitcode == 0, (tmp_path / 'stderr.txt').read_text()
+    assert_same_study(tmp_path / 'whole', tmp_path / 'killed')
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(images, whole, tmp_path):
+    args = map(str, command(images, tmp_path / 'two', '--sensitivity', .9, '--prevalence', .05, '--positive', 'spots',
+                            '--subgroups', images / 'patients.csv'))
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'timm_densese',
+         *args], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('runs: 2 models') == 1
+    assert_same_study(whole[0], tmp_path / 'two')
+
+
+def assert_same_study(one, other):
+    assert (one / 'predictions.csv').read_bytes() == (other / 'predictions.csv').read_bytes()
+    results = [json.loads((output / 'metrics.json').read_text()) for output in (one, other)]
+    assert results[0] == results[1]
+
+
+def test_same_command_goes_on_and_adds_models(images, whole, tmp_path):
+    output, _ = whole
+    before = {file: file.stat().st_mtime_ns for file in (output / 'runs').rglob('model_best.pth.tar')}
+    again = run_cli(*command(images, output))
+    assert again.returncode == 0, again.stderr
+    assert '0 are to be done' in again.stdout
+    assert {file: file.stat().st_mtime_ns for file in (output / 'runs').rglob('model_best.pth.tar')} == before
+    changed = run_cli(*command(images, output, '--lr', .1))
+    assert changed.returncode == 2
+    assert 'lr was 0.01, and is 0.1' in changed.stderr
+    changed = run_cli(*command(images, output), '--split-seed', 3)
+    assert 'split seed was 0, and is 3' in changed.stderr
+
+
+BROKEN_NET = """
+from timm.models import register_model
+from timm.models.densenet import DenseNet
+
+
+class BrokenNet(DenseNet):
+    def forward(self, x):
+        if not self.training and x.any():
+            raise RuntimeError('broken on purpose')
+        return super().forward(x)
+
+
+@register_model
+def broken_net(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+    model = BrokenNet(4, (2, 2), **kwargs)
+    model.pretrained_cfg = model.default_cfg = dict(architecture='broken_net', input_size=(3, 32, 32))
+    return model
+"""
+
+
+def test_a_run_that_fails_is_named_and_the_others_stand(images, tmp_path):
+    (tmp_path / 'broken_net.py').write_text(BROKEN_NET)
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_densese', 'study', images / 'images', '--models', MODELS[0], 'broken_net',
+         *map(str, OPTIONS), '--device-modules', 'broken_net', '--output', tmp_path / 'out'],
+        capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert 'failed: broken_net, fold 0, seed 42: RuntimeError: broken on purpose' in done.stderr
+    results = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+    assert list(results['models']) == [MODELS[0]]
+    assert len(results['failed']) == 2
+    assert 'broken_net' in PageReader((tmp_path / 'out' / 'report.html').read_text()).text
+
+
+@pytest.mark.parametrize(('options', 'said'), [
+    (('--models', 'resnett18'), 'did you mean'),
+    (('--models', 'resnet10t', 'resnet10t'), 'twice'),
+    (('--models', 'resnet10t drop'), 'is not NAME=VALUE'),
+    (('--models', 'resnet10t no_such=1'), 'no_such'),
+    (('--folds', '1'), 'at least 2'),
+    (('--seeds', '0'), 'at least 1'),
+    (('--folds', '30'), 'too few'),
+    (('--sensitivity', '1.5'), 'at most 1'),
+    (('--sensitivity', '.9', '--positive', 'dots'), 'there is no such class'),
+    (('--positive', 'spots'), 'give --sensitivity'),
+    (('--prevalence', '2'), 'below 1'),
+    (('--subgroups', 'missing.csv'), 'cannot be read'),
+    (('--groups', 'missing.csv'), 'cannot be read'),
+])
+def test_wrong_options_are_one_line_before_any_run(images, tmp_path, options, said):
+    args = {'--models': ('resnet10t',), **{'--output': (tmp_path / 'out',)}}
+    args.setdefault(options[0], ())
+    args[options[0]] = options[1:]
+    done = run_cli('study', images / 'images', *(x for key, value in args.items() for x in (key, *value)), '--img-size',
+                   32, '--batch-size', 4, '--workers', 0)
+    assert done.returncode in (1, 2)
+    assert said in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert not (tmp_path / 'out' / 'runs').exists()
+
+
+def test_output_of_something_else_is_refused(images, tmp_path):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'thesis.txt').write_text('x')
+    done = run_cli(*command(images, tmp_path / 'mine'))
+    assert done.returncode == 2
+    assert [path.name for path in (tmp_path / 'mine').iterdir()] == ['thesis.txt']
+
+
+def test_ctrl_c_says_how_to_go_on(images, tmp_path):
+    process = start_cli(*command(images, tmp_path / 'out', '--epochs', 500), stderr=tmp_path / 'stderr.txt')
+    deadline = time.time() + 120
+    while not list((tmp_path / 'out').glob('runs/*/*/last.pth.tar')) and time.time() < deadline:
+        time.sleep(.05)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    assert '0 of 4 runs are done and kept: the same command goes on.' in (tmp_path / 'stderr.txt').read_text()
+
+
+def test_names_of_models():
+    assert parse_model("with_attention base=resnet18 attn_layer=eca") == (
+        'with_attention base=resnet18 attn_layer=eca', 'with_attention', {'base': 'resnet18', 'attn_layer': 'eca'})
+    with pytest.raises(OptionError, match='is not NAME=VALUE'):
+        parse_model('densenet121 se_densenet121')
+    with pytest.raises(OptionError, match='closing quotation'):
+        parse_model("densenet121 'a")
