@@ -38,7 +38,7 @@ from .metrics import bootstrap, format_metric, score, softmax, write_metrics
 from .pooled import PRIMARY, PROBABILITY, pool_predictions, score_pool
 from .study_page import draw_differences, write_study
 from .subgroups import read_subgroups, subgroup_scores
-from .thresholds import Goal, check_goal
+from .thresholds import Goal, check_goal, describe_point
 from .training import TrainConfig, train
 
 __all__ = ['parse_model', 'study', 'write_table']
@@ -517,10 +517,8 @@ def _print(results: Dict[str, Any], output: Path) -> None:
         words = model['test']['words'] if 'test' in model else (
             'the baseline' if name == results['baseline'] else 'not compared')
         print(f'{name}: balanced accuracy {format_metric(model["metrics"][PRIMARY])}; {words}')
-    if results['threshold'] and 'metrics' in results['threshold']:
-        point = results['threshold']
-        print(f'{results["model"]} at its threshold {point["where"]} for {point["positive"]}: ' + ', '.join(
-            f'{name.replace("_", " ")} {format_metric(value)}' for name, value in point['metrics'].items()))
+    if results['threshold']:
+        print(f'{results["model"]} {describe_point(results["threshold"])}')
     for title, error in results['failed'].items():
         print(f'failed: {title}: {error}', file=sys.stderr)
     print(f'{output / "report.html"} shows it; {output / "predictions.csv"} has every prediction.')
