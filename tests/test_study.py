@@ -16,7 +16,7 @@ from sklearn import metrics as sk
 from timm_densese.data.splits import read_split
 from timm_densese.demo import generate_images
 from timm_densese.errors import OptionError
-from timm_densese.study import parse_model
+from timm_densese.study.plan import parse_model
 
 KWARGS = "growth_rate=4 block_config=(2,3,2)"
 MODELS = [f'densenet121 {KWARGS}', f'se_densenet121 {KWARGS}']

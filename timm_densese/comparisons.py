@@ -92,18 +92,18 @@ class TTest(NamedTuple):
 
 
 def corrected_t_test(differences: np.ndarray, train: float, test: float) -> TTest:
-    """Test a difference over runs whose training sets overlap, by Nadeau and Bengio.
+    """Test a difference over folds, whose training sets overlap, by Nadeau and Bengio.
 
-    A plain t-test takes the runs as independent, which makes differences out of nothing: here the variance of the mean
+    A plain t-test takes the folds as independent, which makes differences out of nothing: here the variance of the mean
     is not s^2 / J, but s^2 (1 / J + test / train).
 
     Args:
-        differences: One of each run, fold by seed, (J,).
-        train: Images that a run was trained on.
+        differences: One of each fold, (J,).
+        train: Images that a model was trained on.
         test: Images that it was tested on.
 
     Returns:
-        The test; p is 1 where the differences do not vary, or there is one run: nothing is known of their spread.
+        The test; p is 1 where the differences do not vary, or there is one fold: nothing is known of their spread.
 
     Example:
         >>> import numpy as np
@@ -171,10 +171,10 @@ def describe_difference(
 ) -> Dict[str, Any]:
     """Say what a comparison found: better, worse, or that these data cannot tell, and how many patients would.
 
-    Both must say so: the test over runs, which knows how trainings differ, and the interval over patients.
+    Both must say so: the test over folds, which knows how trainings differ, and the interval over patients.
 
     Args:
-        test: Over the runs, of the score that decides.
+        test: Over the folds, of the score that decides.
         adjusted: Its p after `holm`.
         interval: The difference by patient and seed: `value`, `low`, `high`.
         tests: How many comparisons there are.
@@ -188,7 +188,7 @@ def describe_difference(
     """
     found: Dict[str, Any] = {'verdict': 'cannot tell', 'detectable': None, 'power': None, 'patients_needed': None}
     if not test.error:
-        return {**found, 'words': 'these data cannot tell: the runs do not differ in it'}
+        return {**found, 'words': 'these data cannot tell: the folds do not differ in it'}
     level = LEVEL / tests
     found['detectable'] = detectable_difference(test.error, test.df, level)
     found['power'] = power(test.mean, test.error, test.df, level)

@@ -218,8 +218,8 @@ def describe_point(threshold: Dict[str, Any]) -> str:
     """
     if 'left_out' in threshold:
         return f'no threshold could be chosen: {threshold["left_out"]}'
-    scores = ", ".join(
-        f"{name.replace('_', ' ')} {format_metric(value)}" for name, value in threshold["metrics"].items())
+    scores = ', '.join(' '.join([name.replace('_', ' '), format_metric(value)])
+                       for name, value in threshold['metrics'].items())
     return f'at its threshold {threshold["where"]} for {threshold["positive"]}, {threshold["rests_on"]}: {scores}'
 
 

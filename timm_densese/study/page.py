@@ -4,9 +4,9 @@ import io
 from pathlib import Path
 from typing import Any, Dict
 
-from .figures import figure_style
-from .metrics import format_metric
-from .report import (
+from ..figures import figure_style
+from ..metrics import format_metric
+from ..report import (
     embed,
     fold,
     in_words,
