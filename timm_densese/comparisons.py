@@ -152,7 +152,7 @@ def power(difference: float, error: float, df: int, level: float = LEVEL) -> flo
 
 
 def detectable_difference(error: float, df: int, level: float = LEVEL) -> float:
-    """Give the difference that the test finds four times of five; arguments as of `power`."""
+    """Give the difference that the test finds four times in five; arguments as of `power`."""
     from scipy import stats
     from scipy.optimize import brentq
 
@@ -183,7 +183,7 @@ def describe_difference(
 
     Returns:
         `verdict` ('better', 'worse' or 'cannot tell'), `words`, `detectable` (the difference that these data show four
-        times of five), `power` (how often they show one as large as was found) and `patients_needed`, None where none
+        times in five), `power` (how often they show one as large as was found) and `patients_needed`, None where none
         can be told.
     """
     found: Dict[str, Any] = {'verdict': 'cannot tell', 'detectable': None, 'power': None, 'patients_needed': None}
@@ -196,7 +196,7 @@ def describe_difference(
     if adjusted < LEVEL and beyond:
         verdict = 'better' if test.mean > 0 else 'worse'
         return {**found, 'verdict': verdict, 'words': f'{verdict}, by {abs(interval["value"]):.3f}'}
-    shown = f'they show a difference of {found["detectable"]:.3f} four times of five'
+    shown = f'they would show a difference of {found["detectable"]:.3f} four times in five'
     times = (found['detectable'] / max(abs(test.mean), 1e-12)) ** 2  # the variance falls with the number of patients
     if times > _MOST_TIMES:
         words = f'these data cannot tell, nor would {_MOST_TIMES} times as many {unit}; {shown}'

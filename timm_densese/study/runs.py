@@ -10,7 +10,7 @@ from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -126,7 +126,10 @@ def _write_predictions(run: Run) -> None:
     loaded = load_model(str(best), run.config.device)
     classes, data = loaded.class_names, Path(run.config.data_dir)
     table = read_split(data)
-    known = {row['stored_sha256']: row for row in table.rows}
+    # By bytes and class: files of the same bytes have a row each.
+    known: Dict[Tuple[str, str], List[Dict[str, str]]] = {}
+    for row in reversed(table.rows):
+        known.setdefault((row['stored_sha256'], row['label']), []).append(row)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['image', 'label', 'group', 'fold', 'seed', 'model', 'split',
@@ -139,7 +142,7 @@ def _write_predictions(run: Run) -> None:
         if split == 'test':
             result[PRIMARY] = float(score(scored.labels, probabilities, classes)[PRIMARY][0])
         for digest, label, p in zip(scored.hashes, scored.labels, probabilities, strict=True):
-            row = known[digest]
+            row = known[digest, classes[label]].pop()
             writer.writerow([row['file'], classes[label], row['group'], run.fold, run.seed, run.name, split,
                              *map(repr, map(float, p))])
     result['train'] = len([row for row in table.rows if row[table.column] == 'train'])
