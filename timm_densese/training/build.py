@@ -201,8 +201,10 @@ def _create_loaders(
         std=data_config['std'], re_prob=config.reprob, re_mode='pixel')
     batch_size = min(config.batch_size, len(train_set.samples) // world)
     train_images = _Images(train_set.samples, train_transform, config.seed)
-    # Workers live on from epoch to epoch: where processes are not forked, each takes seconds to start.
-    workers: Dict[str, Any] = {'num_workers': config.workers, 'persistent_workers': config.workers > 0}
+    # Workers live on from epoch to epoch: where processes are not forked, each takes seconds to start. A generator of
+    # their own: starting them draws a number, and the model's dropout is not to depend on how often that happens.
+    workers: Dict[str, Any] = {'num_workers': config.workers, 'persistent_workers': config.workers > 0,
+                               'generator': torch.Generator()}
     # The sampler deals the shuffled images out one by one: batch k of all processes together holds the same images,
     # however many processes there are.
     train_loader = DataLoader(
