@@ -38,7 +38,7 @@ from .metrics import bootstrap, format_metric, score, softmax, write_metrics
 from .pooled import PRIMARY, PROBABILITY, pool_predictions, score_pool
 from .study_page import draw_differences, write_study
 from .subgroups import read_subgroups, subgroup_scores
-from .thresholds import Goal, check_goal
+from .thresholds import Goal, check_goal, wants_threshold
 from .training import TrainConfig, train
 
 __all__ = ['parse_model', 'study', 'write_table']
@@ -120,6 +120,7 @@ def study(
     if not device and 'LOCAL_RANK' in os.environ and torch.cuda.is_available():
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
     configs = _configure(models, {**(recipe or {}), 'device': device})
+    wants_threshold(goal)
     plan = _plan(configs, output, folds, seeds)
     rank = _in_first_process(lambda: _prepare(data, output, configs, plan, folds, goal, subgroups, split))
     try:

@@ -11,6 +11,7 @@ from .metrics import Scores, check_weights, with_intervals
 __all__ = [
     'NOT_SURE', 'Calibration', 'Goal', 'Thresholds', 'call', 'check_goal', 'choose_thresholds', 'describe_thresholds',
     'name_call', 'operating_point', 'read_calibration',
+    'wants_threshold',
 ]
 
 NOT_SURE = 'not sure'
@@ -57,6 +58,20 @@ class Calibration(NamedTuple):
     thresholds: Optional[Thresholds] = None
 
 
+def wants_threshold(goal: Goal) -> bool:
+    """Tell whether a threshold is asked for.
+
+    Raises:
+        OptionError: It is not, and what it would be for is.
+    """
+    if goal.sensitivity is None and goal.specificity is None:
+        given = [name for name, value in (('--positive', goal.positive), ('--prevalence', goal.prevalence)) if value]
+        if given:
+            raise OptionError(f'{given[0]} is of a threshold: give --sensitivity, or --specificity, too.')
+        return False
+    return True
+
+
 def check_goal(goal: Goal, classes: Sequence[str], counts: Sequence[int]) -> Optional[str]:
     """Give the positive class, None where no threshold is asked for.
 
@@ -68,10 +83,7 @@ def check_goal(goal: Goal, classes: Sequence[str], counts: Sequence[int]) -> Opt
     Raises:
         OptionError: There is no such class, or none is given and there are more than two.
     """
-    if goal.sensitivity is None and goal.specificity is None:
-        given = [name for name, value in (('--positive', goal.positive), ('--prevalence', goal.prevalence)) if value]
-        if given:
-            raise OptionError(f'{given[0]} is of a threshold: give --sensitivity, or --specificity, too.')
+    if not wants_threshold(goal):
         return None
     names = ', '.join(classes[:20])
     if goal.positive and goal.positive not in classes:
