@@ -240,7 +240,7 @@ def predict_files(
     if output:
         _write_csv(output, good)
     if as_json:
-        print(json.dumps({'model': loaded.source, 'temperature': use.temperature, 'calibrated': calibration is not None,
+        print(json.dumps({'model': loaded.source, 'temperature': use.temperature, 'calibrated': use.is_fitted,
                           'threshold': use.thresholds and use.thresholds._asdict(),
                           'predictions': good, 'unreadable': errors}, indent=1))
     else:
@@ -253,9 +253,10 @@ def predict_files(
         if not loaded.label_names:
             print('The classes are numbers, the places of the outputs: their names are not known. Give --class-names.',
                   file=sys.stderr)
-        if calibration is None and good:
-            print('The probabilities are not calibrated: give --calibration with the metrics.json of an evaluation.',
-                  file=sys.stderr)
+        if not use.is_fitted and good:
+            print('The probabilities are not calibrated: ' + (
+                f'{calibration} holds no temperature.' if calibration else
+                'give --calibration with the metrics.json of an evaluation.'), file=sys.stderr)
     for file, error in errors.items():
         print(f'not readable: {file} ({error})', file=sys.stderr)
     if errors:

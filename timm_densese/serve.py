@@ -87,7 +87,7 @@ def create_page(model: Model, calibration: Optional[Path] = None, device: str = 
                 button = gr.Button('Predict', variant='primary', elem_id='predict')
             with gr.Column():
                 label = gr.Label(num_top_classes=_TOP_K, elem_id='prediction', label=(
-                    'Prediction, calibrated' if calibration else 'Prediction, probabilities not calibrated'))
+                    'Prediction, calibrated' if use.is_fitted else 'Prediction, probabilities not calibrated'))
                 called = gr.Markdown(visible=use.thresholds is not None)
                 cam = gr.Image(label='What it looked at (Grad-CAM)', interactive=False, height=300, elem_id='cam')
         gr.Markdown('### Gates of the channels\nA gate multiplies one channel. At 1 it leaves the channel as it is, at '

@@ -57,6 +57,11 @@ class Calibration(NamedTuple):
     temperature: float = 1.
     thresholds: Optional[Thresholds] = None
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the probabilities are calibrated: there may be thresholds where no temperature could be fitted."""
+        return self.temperature != 1.
+
 
 def wants_threshold(goal: Goal) -> bool:
     """Tell whether a threshold is asked for.
@@ -249,11 +254,15 @@ def read_calibration(file: Optional[Path], weights: str, classes: Sequence[str])
         results = json.loads(file.read_text(encoding='utf-8'))
         threshold = results.get('runs', {}).get(weights, results).get('threshold')
         temperature = results.get('temperature')
+        if threshold is not None and 'left_out' in threshold:
+            threshold = None
         if threshold is None and temperature is None:
             raise ValueError(results.get('temperature_left_out') or 'neither a temperature nor a threshold')
         temperature = 1. if temperature is None else float(temperature)
-        thresholds = threshold and 'left_out' not in threshold and Thresholds(
+        thresholds = threshold and Thresholds(
             str(threshold['positive']), float(threshold['low']), float(threshold['high']))
+        if thresholds and not 0 <= thresholds.low <= thresholds.high < float('inf'):
+            raise ValueError(f'thresholds of {thresholds.low} and {thresholds.high}')
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise MetricsError(
             f'{given} holds no temperature and no threshold ({type(e).__name__}: {e}). Give the metrics.json of '
