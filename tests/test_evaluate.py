@@ -16,11 +16,12 @@ from sklearn import metrics as sk
 from timm_densese.checkpoints import load_model
 from timm_densese.cli import main
 from timm_densese.data.images import find_images
-from timm_densese.errors import ImagesError, ModelNotFoundError, UserError
-from timm_densese.evaluate import evaluate
-from timm_densese.metrics import fit_temperature, format_metric
+from timm_densese.errors import ImagesError, ModelNotFoundError, OptionError, UserError
+from timm_densese.evaluate import evaluate, run_split
+from timm_densese.metrics import fit_temperature, format_metric, softmax
 from timm_densese.predict import compute_logits
 from timm_densese.publish import publish
+from timm_densese.thresholds import Goal, choose_thresholds
 from timm_densese.training import TrainConfig, train
 
 
@@ -260,3 +261,40 @@ def test_imagenet_folders_by_their_synsets(hub, tmp_path):
     found = evaluate('se_densenet121', tmp_path, tmp_path / 'report', split='val', resamples=2, workers=0)
     assert len(found['classes']) == 1000
     assert [p['label'] for p in found['predictions']] == ['n01440764', 'n15075141']
+
+
+def test_a_threshold_from_val_and_scores_by_site(trained, tmp_path, capsys):
+    split, checkpoint = trained
+    with open(tmp_path / 'sites.csv', 'w') as file:
+        file.write('file,site\n')
+        for i, path in enumerate(sorted((split.parent / 'images').rglob('*.png'))):
+            file.write(f'{path.relative_to(split.parent / "images")},{"north" if i % 3 else "south"}\n')
+    results = evaluate(str(checkpoint), split, tmp_path / 'report', workers=0, resamples=50,
+                       goal=Goal(sensitivity=.9, specificity=.9, positive='stripes', prevalence=.1),
+                       subgroups=tmp_path / 'sites.csv')
+    threshold = results['threshold']
+    validation = run_split(load_model(str(checkpoint)), split, 'val', results['classes'], 32, 0)
+    p = softmax(validation.logits / (results['temperature'] or 1.))
+    expected, _ = choose_thresholds(validation.labels, p, results['classes'], 'stripes', Goal(.9, .9))
+    assert (threshold['low'], threshold['high']) == (expected.low, expected.high)
+    called = [('stripes' if row['probabilities']['stripes'] >= threshold['high'] else
+               'spots' if row['probabilities']['stripes'] < threshold['low'] else 'not sure')
+              for row in results['predictions']]
+    found = [c for c, row in zip(called, results['predictions'], strict=True) if row['label'] == 'stripes']
+    assert threshold['metrics']['sensitivity']['value'] == pytest.approx(1 - found.count('spots') / len(found))
+    sites = results['subgroups']['site']
+    assert sites['north']['images'] + sites['south']['images'] == len(results['predictions'])
+    page = (tmp_path / 'report' / 'report.html').read_text()
+    assert 'negative predictive value' in page
+    assert 'by site' in page
+    # predict says the same of the same images.
+    capsys.readouterr()
+    assert main(['predict', str(checkpoint), str(split / 'test'), '--json', '--calibration',
+                 str(tmp_path / 'report' / 'metrics.json')]) == 0
+    said = {row['file']: row['called'] for row in json.loads(capsys.readouterr().out)['predictions']}
+    assert said == {str(split / row['file']): c for row, c in zip(results['predictions'], called, strict=True)}
+
+
+def test_a_threshold_needs_val(trained, tmp_path):
+    with pytest.raises(OptionError, match='choose a threshold on val/'):
+        evaluate(str(trained[1]), trained[0] / 'test', tmp_path / 'report', goal=Goal(sensitivity=.9))

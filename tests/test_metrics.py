@@ -1,5 +1,4 @@
 """Scores against scikit-learn, intervals by patient, and metrics.json."""
-import json
 import time
 
 import numpy as np
@@ -10,11 +9,9 @@ from timm_densese.errors import MetricsError
 from timm_densese.metrics import (
     bootstrap,
     choose_temperature,
-    compare_models,
     fit_temperature,
     format_metric,
     read_metrics,
-    read_temperature,
     score,
     with_intervals,
     write_metrics,
@@ -93,23 +90,6 @@ def test_an_interval_without_width_is_undefined():
     assert all(metric['interval'] == 'undefined' for metric in one_patient.values())
 
 
-def test_a_baseline_in_pairs():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 50)
-    ours, baseline = rng.dirichlet(np.ones(2), (2, 50))
-    samples = bootstrap(np.arange(50), 200)
-    found = compare_models(labels, ours, baseline, 'ab', samples, 'plain')
-    swapped = compare_models(labels, baseline, ours, 'ab', samples, 'ours')
-    for name, difference in found['paired']['differences'].items():
-        assert difference['value'] == pytest.approx(-swapped['paired']['differences'][name]['value'])
-        assert difference['low'] == pytest.approx(-swapped['paired']['differences'][name]['high'])
-    right, baseline_right = ours.argmax(1) == labels, baseline.argmax(1) == labels
-    assert found['paired']['mcnemar']['right_model_only'] == (right & ~baseline_right).sum() > 0
-    assert found['paired']['mcnemar'] == {
-        **swapped['paired']['mcnemar'], 'right_model_only': swapped['paired']['mcnemar']['right_baseline_only'],
-        'right_baseline_only': swapped['paired']['mcnemar']['right_model_only']}
-
-
 def test_metrics_json(tmp_path):
     results = {'dataset': {'name': 'x'}, 'command': 'y', 'metrics': {'accuracy': {'value': .5}}, 'classes': ['猴痘']}
     write_metrics(tmp_path / 'a' / 'metrics.json', results)
@@ -126,29 +106,6 @@ def test_metrics_that_cannot_be_read(content, tmp_path):
     (tmp_path / 'a.json').write_text(content)
     with pytest.raises(MetricsError, match='It must be JSON such as'):
         read_metrics(tmp_path / 'a.json')
-
-
-@pytest.mark.parametrize('temperature', [None, -1, float('nan'), 'warm', []])
-def test_calibration_that_is_none(tmp_path, temperature):
-    (tmp_path / 'c.json').write_text(json.dumps({'temperature': temperature}))
-    with pytest.raises(MetricsError, match='temperature'):
-        read_temperature(tmp_path / 'c.json', 'abc')
-    (tmp_path / 'c.json').write_text('[]')
-    with pytest.raises(MetricsError, match='temperature'):
-        read_temperature(tmp_path / 'c.json', 'abc')
-
-
-def test_a_temperature_belongs_to_its_model(tmp_path, capsys):
-    (tmp_path / 'c.json').write_text('{"temperature": 2, "weights": "abc", "model": "run/best"}')
-    assert read_temperature(tmp_path / 'c.json', 'abc') == 2
-    with pytest.raises(MetricsError, match='those of run/best'):
-        read_temperature(tmp_path / 'c.json', 'abd')
-    (tmp_path / 'c.json').write_text('{"temperature": null, "temperature_left_out": "val/ holds 3 images"}')
-    with pytest.raises(MetricsError, match='val/ holds 3 images'):
-        read_temperature(tmp_path / 'c.json', 'abc')
-    (tmp_path / 'c.json').write_text('{"temperature": 2}')
-    assert read_temperature(tmp_path / 'c.json', 'abc') == 2
-    assert 'does not say on which weights' in capsys.readouterr().err
 
 
 def test_validation_that_tells_no_temperature():

@@ -1,6 +1,5 @@
 """Wrong values of every command's options: a line that names the option, exit status 2."""
 import socket
-from pathlib import Path
 
 import pytest
 from conftest import run_cli
@@ -91,7 +90,7 @@ def test_a_port_is_tried_before_a_model_is_loaded():
 
 def test_what_the_system_refuses_is_one_line(tmp_path):
     """Here a name that is too long for it."""
-    result = run_cli('explain', 'x' * 5000, Path(__file__).parent, '--output', tmp_path / 'out')
+    result = run_cli('evaluate', 'x' * 5000, tmp_path, '--output', tmp_path / 'out')
     assert result.returncode == 1
     assert 'timm-densese: ' in result.stderr
     assert 'File name too long' in result.stderr

@@ -27,6 +27,7 @@ def write(folder, names, images=40, groups=None, warnings=()):
     results = {
         'model': 'run/<b>', 'dataset': {'name': 'data', 'split': 'test', 'images': images, 'groups': groups},
         'classes': names, 'interval': '95% interval', 'temperature': None, 'warnings': list(warnings), 'unreadable': {},
+        'threshold': None, 'subgroups': {},
         'metrics': {k: v for k, v in scores.items() if '/' not in k},
         'per_class': {n: {k.split('/')[0]: v for k, v in scores.items() if k.endswith(f'/{n}')} for n in names},
         'predictions': [{'file': path.name} for path in paths]}

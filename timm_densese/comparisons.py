@@ -92,18 +92,18 @@ class TTest(NamedTuple):
 
 
 def corrected_t_test(differences: np.ndarray, train: float, test: float) -> TTest:
-    """Test a difference over runs whose training sets overlap, by Nadeau and Bengio.
+    """Test a difference over folds, whose training sets overlap, by Nadeau and Bengio.
 
-    A plain t-test takes the runs as independent, which makes differences out of nothing: here the variance of the mean
+    A plain t-test takes the folds as independent, which makes differences out of nothing: here the variance of the mean
     is not s^2 / J, but s^2 (1 / J + test / train).
 
     Args:
-        differences: One of each run, fold by seed, (J,).
-        train: Images that a run was trained on.
+        differences: One of each fold, (J,).
+        train: Images that a model was trained on.
         test: Images that it was tested on.
 
     Returns:
-        The test; p is 1 where the differences do not vary, or there is one run: nothing is known of their spread.
+        The test; p is 1 where the differences do not vary, or there is one fold: nothing is known of their spread.
 
     Example:
         >>> import numpy as np
@@ -145,13 +145,14 @@ def power(difference: float, error: float, df: int, level: float = LEVEL) -> flo
     """
     from scipy import stats
 
-    bound = stats.t.isf(level / 2, df)
-    shift = abs(difference) / error
-    return float(stats.nct.sf(bound, df, shift) + stats.nct.cdf(-bound, df, shift))
+    # Averaged over what the runs may take the error for; scipy's noncentral t is not a number for some shifts.
+    taken = np.sqrt(stats.chi2.ppf((np.arange(4000) + .5) / 4000, df) / df)
+    bound, shift = stats.t.isf(level / 2, df) * taken, abs(difference) / error
+    return float(np.mean(stats.norm.sf(bound - shift) + stats.norm.cdf(-bound - shift)))
 
 
 def detectable_difference(error: float, df: int, level: float = LEVEL) -> float:
-    """Give the difference that the test finds four times of five; arguments as of `power`."""
+    """Give the difference that the test finds four times in five; arguments as of `power`."""
     from scipy import stats
     from scipy.optimize import brentq
 
@@ -170,10 +171,10 @@ def describe_difference(
 ) -> Dict[str, Any]:
     """Say what a comparison found: better, worse, or that these data cannot tell, and how many patients would.
 
-    Both must say so: the test over runs, which knows how trainings differ, and the interval over patients.
+    Both must say so: the test over folds, which knows how trainings differ, and the interval over patients.
 
     Args:
-        test: Over the runs, of the score that decides.
+        test: Over the folds, of the score that decides.
         adjusted: Its p after `holm`.
         interval: The difference by patient and seed: `value`, `low`, `high`.
         tests: How many comparisons there are.
@@ -182,12 +183,12 @@ def describe_difference(
 
     Returns:
         `verdict` ('better', 'worse' or 'cannot tell'), `words`, `detectable` (the difference that these data show four
-        times of five), `power` (how often they show one as large as was found) and `patients_needed`, None where none
+        times in five), `power` (how often they show one as large as was found) and `patients_needed`, None where none
         can be told.
     """
     found: Dict[str, Any] = {'verdict': 'cannot tell', 'detectable': None, 'power': None, 'patients_needed': None}
     if not test.error:
-        return {**found, 'words': 'these data cannot tell: the runs do not differ in it'}
+        return {**found, 'words': 'these data cannot tell: the folds do not differ in it'}
     level = LEVEL / tests
     found['detectable'] = detectable_difference(test.error, test.df, level)
     found['power'] = power(test.mean, test.error, test.df, level)
@@ -195,7 +196,7 @@ def describe_difference(
     if adjusted < LEVEL and beyond:
         verdict = 'better' if test.mean > 0 else 'worse'
         return {**found, 'verdict': verdict, 'words': f'{verdict}, by {abs(interval["value"]):.3f}'}
-    shown = f'they show a difference of {found["detectable"]:.3f} four times of five'
+    shown = f'they would show a difference of {found["detectable"]:.3f} four times in five'
     times = (found['detectable'] / max(abs(test.mean), 1e-12)) ** 2  # the variance falls with the number of patients
     if times > _MOST_TIMES:
         words = f'these data cannot tell, nor would {_MOST_TIMES} times as many {unit}; {shown}'

@@ -7,12 +7,13 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
+from timm.data import resolve_data_config
 
 from .checkpoints import find_weights
 from .data.splits import split_images
 from .errors import OptionError
 from .files import check_writable
+from .predict import predict
 from .training import TrainConfig, train
 
 __all__ = ['generate_images', 'run_demo']
@@ -67,13 +68,9 @@ def run_demo(data: Optional[Path], output: Path) -> None:
     # The checkpoint, used.
     checkpoint = output / 'training' / 'model_best.pth.tar'
     print(f'Checkpoint: {checkpoint}')
-    classes = result['classes']
-    loaded = timm.create_model(MODEL, num_classes=len(classes), checkpoint_path=str(checkpoint)).eval()
-    path = min((output / 'images' / 'val').glob('*/*'))
-    with torch.inference_mode(), Image.open(path) as file:
-        transform: Any = create_transform(**config)
-        probability, index = loaded(transform(file.convert('RGB'))[None]).softmax(1).max(1)
-    print(f'Reloaded, it says of {path}: {classes[index.item()]} ({probability.item():.0%}).')
+    row, = predict(str(checkpoint), [str(min((output / 'images' / 'val').glob('*/*')))], top_k=1)
+    best = row['predictions'][0]
+    print(f'Reloaded, it says of {row["file"]}: {best["class"]} ({best["probability"]:.0%}).')
 
 
 def _claim(output: Path, data: Optional[Path]) -> None:

@@ -29,7 +29,16 @@ from .metrics import (
 from .predict import compute_logits
 from .report import write_page
 from .subgroups import read_subgroups, subgroup_scores
-from .thresholds import Goal, call, check_goal, choose_thresholds, describe_thresholds, operating_point, wants_threshold
+from .thresholds import (
+    Goal,
+    call,
+    check_goal,
+    choose_thresholds,
+    describe_point,
+    describe_thresholds,
+    operating_point,
+    wants_threshold,
+)
 
 __all__ = ['ScoredImages', 'evaluate', 'run_split']
 
@@ -355,4 +364,6 @@ def _print(results: Dict[str, Any], output: Path) -> None:
     if 'paired' in results:
         for name, metric in results['paired']['differences'].items():
             print(f'{name + ", difference":22} {format_metric(metric)}')
+    if results['threshold']:
+        print(describe_point(results['threshold']))
     print(f'{output / "report.html"} shows it, {output / "metrics.json"} goes to `timm-densese publish --metrics`.')

@@ -84,7 +84,7 @@ def choose_temperature(logits: np.ndarray, labels: np.ndarray) -> Tuple[Optional
     if len(np.unique(labels)) < 2:
         return None, 'val/ holds images of one class'
     if (logits.argmax(1) == labels).all():
-        return None, 'the model is right on all of val/, which tells no temperature: the lower, the better'
+        return None, 'the model is right on all of val/, where the lowest temperature is the best, without end'
     temperature = fit_temperature(logits, labels)
     low, high = _TEMPERATURES
     if not 1.01 * low < temperature < high / 1.01:

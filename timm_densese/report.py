@@ -16,8 +16,8 @@ from .figures import lettering_note
 from .metrics import format_metric
 
 __all__ = [
-    'FONTS', 'STYLE', 'Overlay', 'embed', 'fold', 'in_words', 'scale_of_scores', 'subgroup_sections', 'table',
-    'threshold_section', 'write_explanation', 'write_html', 'write_page',
+    'FONTS', 'STYLE', 'Overlay', 'embed', 'fold', 'head_of_scores', 'in_words', 'scale_of_scores', 'subgroup_sections',
+    'table', 'threshold_section', 'write_explanation', 'write_html', 'write_page',
 ]
 
 _WORST = 24
@@ -164,11 +164,16 @@ def scale_of_scores(metric: Dict[str, Any], kind: str = '') -> str:
             + ('<i class="beyond">→</i>' if high > 1 else '') + '</div>')
 
 
+def head_of_scores(interval: str) -> str:
+    """The row above scores that are drawn: what points and lines are, and the scale."""
+    ticks = ''.join(f'<span style="left:{100 * x:.0f}%">{x:g}</span>' for x in (0, .25, .5, .75, 1))
+    return (f'<div class="score"><small>Points are scores, lines their intervals: {interval or "none"}. An arrow: it '
+            f'goes on beyond 1.</small><div class="scale">{ticks}</div></div>')
+
+
 def _scores(results: Dict[str, Any], classes: int) -> List[str]:
     """Each score as a point on one scale: the model's, and below it those of what it is compared with."""
-    ticks = ''.join(f'<span style="left:{100 * x:.0f}%">{x:g}</span>' for x in (0, .25, .5, .75, 1))
-    rows = [f'<div class="score"><small>Points are scores, lines their intervals: {results["interval"] or "none"}. An '
-            f'arrow: it goes on beyond 1.</small><div class="scale">{ticks}</div></div>']
+    rows = [head_of_scores(results['interval'])]
     for name, metric in results['metrics'].items():
         title, meaning = in_words(name, classes)
         row = [f'<div><b>{title}</b>: {format_metric(metric)}<small>{meaning}</small></div>', scale_of_scores(metric)]
@@ -276,7 +281,7 @@ def threshold_section(results: Dict[str, Any]) -> List[str]:
         f'<p>Chosen for {asked} on validation images, for {positive}: {point["where"]} '
         f'({html.escape(point["rests_on"])}). Measured on test images, which chose nothing.{two} '
         f'<code>timm-densese predict --calibration metrics.json</code> uses the threshold of the checkpoint that it is '
-        f'given.</p>', *rows]
+        f'given.</p>', head_of_scores(results['interval']), *rows]
 
 
 def subgroup_sections(results: Dict[str, Any]) -> List[str]:

@@ -6,12 +6,11 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from .errors import MetricsError, OptionError
-from .metrics import Scores, check_weights, with_intervals
+from .metrics import Scores, check_weights, format_metric, with_intervals
 
 __all__ = [
-    'NOT_SURE', 'Calibration', 'Goal', 'Thresholds', 'call', 'check_goal', 'choose_thresholds', 'describe_thresholds',
-    'name_call', 'operating_point', 'read_calibration',
-    'wants_threshold',
+    'NOT_SURE', 'Calibration', 'Goal', 'Thresholds', 'call', 'check_goal', 'choose_thresholds', 'describe_point',
+    'describe_thresholds', 'name_call', 'operating_point', 'read_calibration', 'wants_threshold',
 ]
 
 NOT_SURE = 'not sure'
@@ -227,6 +226,19 @@ def _rates(positive: np.ndarray, called: np.ndarray, weights: np.ndarray, preval
     return found
 
 
+def describe_point(threshold: Dict[str, Any]) -> str:
+    """Say in a line what thresholds attain.
+
+    Args:
+        threshold: What metrics.json holds of them.
+    """
+    if 'left_out' in threshold:
+        return f'no threshold could be chosen: {threshold["left_out"]}'
+    scores = ', '.join(' '.join([name.replace('_', ' '), format_metric(value)])
+                       for name, value in threshold['metrics'].items())
+    return f'at its threshold {threshold["where"]} for {threshold["positive"]}, {threshold["rests_on"]}: {scores}'
+
+
 def describe_thresholds(thresholds: List[Thresholds]) -> str:
     """Say in words where the thresholds lie."""
     lows, highs = [t.low for t in thresholds], [t.high for t in thresholds]
@@ -253,13 +265,12 @@ def read_calibration(file: Optional[Path], weights: str, classes: Sequence[str])
     try:
         results = json.loads(file.read_text(encoding='utf-8'))
         threshold = results.get('runs', {}).get(weights, results).get('threshold')
+        threshold = None if threshold is not None and 'left_out' in threshold else threshold
         temperature = results.get('temperature')
-        if threshold is not None and 'left_out' in threshold:
-            threshold = None
         if threshold is None and temperature is None:
             raise ValueError(results.get('temperature_left_out') or 'neither a temperature nor a threshold')
         temperature = 1. if temperature is None else float(temperature)
-        thresholds = threshold and Thresholds(
+        thresholds = None if threshold is None else Thresholds(
             str(threshold['positive']), float(threshold['low']), float(threshold['high']))
         if thresholds and not 0 <= thresholds.low <= thresholds.high < float('inf'):
             raise ValueError(f'thresholds of {thresholds.low} and {thresholds.high}')
@@ -273,4 +284,4 @@ def read_calibration(file: Optional[Path], weights: str, classes: Sequence[str])
     if thresholds and thresholds.positive not in classes:
         raise MetricsError(f'{given} has a threshold for {thresholds.positive}, which is none of the classes '
                            f'{", ".join(classes[:20])}.')
-    return Calibration(temperature, thresholds or None)
+    return Calibration(temperature, thresholds)

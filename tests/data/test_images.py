@@ -4,6 +4,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -223,3 +224,11 @@ def test_small_files_take_no_gigabytes(tmp_path):
     assert int(lines[-1].split()[1]) < 200
     assert len(lines) == 9
     assert all('Error' in line and 'pixels' in line for line in lines[:-1])
+
+
+@pytest.mark.skipif(find_spec('pillow_heif') is None, reason='pillow-heif is missing: pip install pillow-heif')
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
+    (tmp_path / 'A').mkdir()
+    Image.linear_gradient('L').convert('RGB').save(tmp_path / 'A' / 'photo.HEIC', quality=90)
+    (path, _), = list_images(tmp_path).samples
+    assert np.abs(np.asarray(read_image(path), int) - np.asarray(Image.linear_gradient('L'))[..., None]).mean() < 3

@@ -5,12 +5,12 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from .comparisons import corrected_t_test, describe_difference, holm, mean_scores, paired_differences
-from .errors import MetricsError
-from .metrics import Scores, score, with_intervals
-from .thresholds import Goal, Thresholds, call, check_goal, choose_thresholds, describe_thresholds, operating_point
+from ..comparisons import corrected_t_test, describe_difference, holm, mean_scores, paired_differences
+from ..errors import MetricsError
+from ..metrics import Scores, with_intervals
+from ..thresholds import Goal, Thresholds, call, check_goal, choose_thresholds, describe_thresholds, operating_point
 
-__all__ = ['PRIMARY', 'Pool', 'pool_predictions', 'score_pool']
+__all__ = ['PRIMARY', 'Pool', 'compare', 'pool_predictions', 'score_pool']
 
 PRIMARY = 'balanced_accuracy'  # what verdicts are about: chosen before, so that none is picked for its result
 PROBABILITY = 'probability '  # and the class: columns of predictions.csv
@@ -109,7 +109,7 @@ def score_pool(
         where none is asked for), `thresholds` (those of its runs, by seed and fold).
     """
     models = {name: _score_model(pool, name, samples) for name in pool.probabilities}
-    _compare(pool, models, baseline, samples, unit, train, test)
+    compare(pool, models, baseline, samples, unit, train, test)
     best = max(models, key=lambda name: models[name]['metrics'][PRIMARY]['value'])
     threshold, thresholds = _choose(pool, best, goal, samples)
     return {'models': models, 'best': best, 'threshold': threshold, 'thresholds': thresholds}
@@ -125,7 +125,7 @@ def _score_model(pool: Pool, name: str, samples: np.ndarray) -> Dict[str, Any]:
                           for label in pool.classes}}
 
 
-def _compare(
+def compare(
         pool: Pool,
         models: Dict[str, Dict[str, Any]],
         baseline: str,
@@ -134,7 +134,11 @@ def _compare(
         train: float,
         test: float,
 ) -> None:
-    """Compare each model with the baseline, on the seeds that both have."""
+    """Compare each model with the baseline, on the seeds that both have; arguments as of `score_pool`.
+
+    Args:
+        models: Results by name, which get `differences` and `test`.
+    """
     tests = {}
     for name, model in models.items():
         shared = [seed for seed in pool.seeds[name] if seed in pool.seeds.get(baseline, ())]
@@ -143,16 +147,16 @@ def _compare(
         ours, theirs = (pool.probabilities[which][[pool.seeds[which].index(seed) for seed in shared]]
                         for which in (name, baseline))
         model['differences'] = paired_differences(pool.labels, ours, theirs, pool.classes, samples)
-        tests[name] = corrected_t_test(_by_run(pool, ours) - _by_run(pool, theirs), train, test)
+        tests[name] = corrected_t_test(_by_fold(pool, ours) - _by_fold(pool, theirs), train, test)
     adjusted = holm([found.p for found in tests.values()])
     for (name, found), p in zip(tests.items(), adjusted, strict=True):
         models[name]['test'] = {**found._asdict(), 'p_holm': p, **describe_difference(
             found, p, models[name]['differences'][PRIMARY], len(tests), len(set(pool.groups)), unit)}
 
 
-def _by_run(pool: Pool, probabilities: np.ndarray) -> np.ndarray:
-    """The deciding score of each seed and fold."""
-    return np.array([score(pool.labels[mine], p[mine], pool.classes)[PRIMARY][0] for p in probabilities
+def _by_fold(pool: Pool, probabilities: np.ndarray) -> np.ndarray:
+    """The deciding score of each fold, the mean over its seeds: these share their test images, and are no test more."""
+    return np.array([mean_scores(pool.labels[mine], probabilities[:, mine], pool.classes)[PRIMARY][0]
                      for mine in (pool.folds == fold for fold in np.unique(pool.folds))])
 
 

@@ -4,11 +4,12 @@ import io
 from pathlib import Path
 from typing import Any, Dict
 
-from .figures import figure_style
-from .metrics import format_metric
-from .report import (
+from ..figures import figure_style
+from ..metrics import format_metric
+from ..report import (
     embed,
     fold,
+    head_of_scores,
     in_words,
     scale_of_scores,
     subgroup_sections,
@@ -35,8 +36,8 @@ def draw_differences(results: Dict[str, Any]) -> bytes:
     if not compared:
         return b''
     title = in_words(results['primary'])[0]
-    with figure_style(list(compared)) as names:
-        figure = Figure(figsize=(7, 1.2 + .45 * len(names)), layout='constrained')
+    with figure_style():
+        figure = Figure(figsize=(7, 1.2 + .6 * len(compared)), layout='constrained')
         ax: Any = figure.subplots()
         ax.axvline(0, color='gray', lw=1)
         for i, model in enumerate(compared.values()):
@@ -46,8 +47,9 @@ def draw_differences(results: Dict[str, Any]) -> bytes:
             told = model['test']['verdict'] != 'cannot tell'
             ax.errorbar(value, i, xerr=[[max(0, value - low)], [max(0, high - value)]], fmt='o', capsize=4,
                         color='#2563eb' if told else '#64748b')
-        ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5),
-               xlabel=f'{title}: difference from {results["baseline"]}, 95% interval\nworse  ←    → better')
+        labels = [name.replace(' ', '\n').replace('$', r'\$') for name in compared]
+        ax.set(yticks=range(len(compared)), yticklabels=labels,
+               ylim=(len(compared) - .5, -.5), xlabel=f'worse    ←    difference in {title}    →    better')
         content = io.BytesIO()
         figure.savefig(content, dpi=100)
     return content.getvalue()
@@ -84,7 +86,7 @@ def write_study(file: Path, results: Dict[str, Any], figure: bytes) -> None:
         f'<p>{html.escape(results["conditions"])} {len(models)} models, {results["folds"]} folds, '
         f'{len(results["seeds"])} {"training" if len(results["seeds"]) == 1 else "trainings"} of each. For research. '
         f'This is no medical device.</p>',
-        f'<h2>{title} of each model</h2>']
+        f'<h2>{title.capitalize()} of each model</h2>', head_of_scores(results['interval'])]
     for name, model in models.items():
         score = model['metrics'][results['primary']]
         said = model['test']['words'] if 'test' in model else 'the baseline' if name == baseline else ''
@@ -123,11 +125,10 @@ def write_study(file: Path, results: Dict[str, Any], figure: bytes) -> None:
 
 def _explain_test(results: Dict[str, Any]) -> str:
     tests = [(name, model['test']) for name, model in results['models'].items() if 'test' in model]
-    rows = [(html.escape(name), html.escape(test['words']),
-             f'{test["p_holm"]:.3f}', '' if test['detectable'] is None else f'{test["detectable"]:.3f}')
-            for name, test in tests]
+    rows = [(html.escape(name), f'{test["p_holm"]:.3f}',
+             '' if test['detectable'] is None else f'{test["detectable"]:.3f}') for name, test in tests]
     return (
-        '<p>"Better" and "worse" are said where two agree: a t-test over folds and seeds, corrected for training sets '
+        '<p>"Better" and "worse" are said where two agree: a t-test over folds, corrected for training sets '
         'that overlap (Nadeau and Bengio) and for the number of models (Holm), at a level of 5%; and the interval over '
         f'{html.escape(results["unit"])} and seeds.</p>'
-        + table(('model', 'in words', 'p, corrected', 'shown four times of five: a difference of'), rows))
+        + table(('model', 'p, corrected', 'found four times in five: a difference of'), rows))
