@@ -99,7 +99,7 @@ def _run(argv: Optional[List[str]]) -> int:
         return 2 if isinstance(e, OptionError) else 1
     except KeyboardInterrupt as e:
         sys.unraisablehook = lambda _: None  # torch's loaders complain when they were stopped half-made
-        print(f'\ntimm-densese: stopped. {e or "Nothing half-done is left: run the same command again."}',
+        print(f'\ntimm-densese: stopped. {str(e) or "Nothing half-done is left: run the same command again."}',
               file=sys.stderr)
         return 130
     except ModuleNotFoundError as e:

@@ -126,8 +126,8 @@ def download_msld(output: Path, base_url: str = _MSLD_URL, backoff: float = 1.) 
     socket.setdefaulttimeout(30)  # torch.hub's download takes none, and a silent server would hold it for ever
     try:
         with ThreadPoolExecutor(8) as pool:
-            progress = tqdm(pool.map(fetch, rows), total=len(rows), desc='MSLD', unit='image')
             try:
+                progress = tqdm(pool.map(fetch, rows), total=len(rows), desc='MSLD', unit='image')
                 failures = list(filter(None, progress))
             except KeyboardInterrupt:
                 stopped.set()  # the pool waits for what it has begun, and begins nothing
