@@ -114,3 +114,9 @@ def test_no_number_that_was_not_measured():
 def test_card_of_nothing(capfd):
     assert main(['card', 'resnet50']) == 1
     assert 'not one of se_densenet121' in capfd.readouterr().err
+
+
+def test_a_card_is_not_written_over_a_checkpoint(tmp_path):
+    (tmp_path / 'best.pth.tar').write_bytes(b'weights')
+    assert main(['card', 'se_densenet121', '--output', str(tmp_path / 'best.pth.tar')]) == 2
+    assert (tmp_path / 'best.pth.tar').read_bytes() == b'weights'

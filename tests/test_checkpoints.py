@@ -1,5 +1,6 @@
 """Models from wherever they are: whatever can be trained can be loaded, and what would mislead is refused."""
 import argparse
+import json
 import shutil
 import sys
 
@@ -17,6 +18,7 @@ from timm_densese.errors import (
     CheckpointError,
     CheckpointFileError,
     CheckpointMismatchError,
+    HubError,
     ImagesError,
     MetricsError,
     OptionError,
@@ -55,6 +57,8 @@ def same_weights(loaded, net):
     lambda weights: {'state_dict': {f'model.{k}': v for k, v in weights.items()}, 'pytorch-lightning_version': '2.4'},
     lambda weights: {'state_dict': {**{f'net.model.{k}': v for k, v in weights.items()}, 'loss.weight': torch.ones(3)}},
     lambda weights: {'state_dict': {k: v * 0 for k, v in weights.items()}, 'state_dict_ema': weights},
+    lambda weights: {'state_dict': weights, 'state_dict_ema': {}},
+    lambda weights: {f'_orig_mod.{k}': v for k, v in weights.items()},
 ])
 def test_wrappers_and_prefixes(wrap, tmp_path):
     file, net = save(tmp_path, wrap)
@@ -259,6 +263,76 @@ def test_arguments_that_do_not_fit_say_so(tmp_path):
     (tmp_path / 'args.yaml').write_text('lr: [\n')
     with pytest.raises(CheckpointFileError, match=r'args\.yaml cannot be read'):
         load_model(str(file))
+
+
+@pytest.mark.parametrize(('recorded', 'said'), [
+    ({'model_kwargs': 3}, 'model_kwargs is recorded as 3'),
+    ({'class_names': 'abc'}, 'class_names is recorded as .abc'),
+    ({'class_names': ['a', 'b', 'a']}, 'a name twice: a, b, a'),
+    ({'data_dir': 5}, 'data_dir is recorded as 5'),
+    ({'img_size': 'large'}, r"'img_size': 'large'.*prepares no image"),
+    ({'input_size': [3, 20000, 20000]}, '20000 numbers'),
+    ({'interpolation': 'nearly'}, 'prepares no image'),
+    ({'crop_pct': -1.}, 'prepares no image'),
+    ({'std': [0, 0, 0]}, 'prepares no image'),
+])
+def test_what_a_run_recorded_is_of_the_kind_that_runs_write(recorded, said, tmp_path):
+    file, _ = save(tmp_path, args={'model': 'resnet10t', **recorded})
+    with pytest.raises(CheckpointFileError, match=said):
+        load_model(str(file))
+
+
+@pytest.mark.parametrize('config', [[], {'architecture': 'resnet10t', 'model_args': [1]}])
+def test_a_config_that_is_none(config, tmp_path):
+    safetensors.torch.save_file(timm.create_model('resnet10t').state_dict(), tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(CheckpointFileError, match=r'config\.json cannot be read'):
+        load_model(str(tmp_path / 'model.safetensors'))
+
+
+def test_class_names_are_read_from_any_text_file(tmp_path):
+    file, _ = save(tmp_path)
+    Image.new('RGB', (32, 32)).save(tmp_path / 'a.png')
+    (tmp_path / 'names.txt').write_bytes('\ufeff水痘\r\n麻疹\r\n 猴痘 \r\n\r\n'.encode())
+    result = run_cli('predict', file, tmp_path / 'a.png', '--model', 'resnet10t', '--class-names',
+                     tmp_path / 'names.txt', '--json')
+    found = {p['class'] for p in json.loads(result.stdout)['predictions'][0]['predictions']}
+    assert found == {'水痘', '麻疹', '猴痘'}
+
+
+def test_two_classes_of_one_name_are_refused(small_split, tmp_path):
+    file, _ = save(tmp_path)
+    with pytest.raises(OptionError, match="'spots' more than once"):
+        load_model(str(file), architecture='resnet10t', class_names=['spots', 'stripes', 'spots'])
+    loaded = load_model(str(file), architecture='resnet10t')._replace(label_names=['spots', 'stripes', 'spots'])
+    with pytest.raises(ImagesError, match='two outputs of the name spots'):
+        evaluate(loaded, small_split, tmp_path / 'report')
+
+
+@pytest.mark.parametrize(('of', 'options', 'said'), [
+    ('se_densenet121', {'model_kwargs': {'se_placement': 'layer'}}, 'se_densenet121 is none'),
+    ('hf-hub:owner/name', {'architecture': 'resnet18'}, 'hf-hub:owner/name is none'),
+    ('densenet121.nope', {}, "no tag 'nope'; choose one of"),
+    ('hf-hub:', {}, 'names no repository: give hf-hub:OWNER/NAME'),
+    ('hf_hub:a/b/c', {}, 'names no repository: give hf_hub:OWNER/NAME'),
+])
+def test_names_that_are_none_and_options_that_would_be_ignored(of, options, said):
+    with pytest.raises(OptionError, match=said):
+        load_model(of, **options)
+
+
+def test_a_model_that_is_no_name_is_that_options_error(tmp_path):
+    file, _ = save(tmp_path)
+    result = run_cli('predict', file, file, '--model', 'resnet10')
+    assert result.returncode == 2
+    assert "--model: 'resnet10' is no model" in result.stderr
+    assert 'resnet10t' in result.stderr
+
+
+def test_a_hub_that_is_not_there_is_told_at_once(monkeypatch):
+    monkeypatch.setattr('timm_densese.hub.hf_hub_url', lambda *args: 'http://127.0.0.1:9/x')
+    with pytest.raises(HubError, match='could not be reached and the cache does not have it'):
+        load_model('hf-hub:owner/not-in-the-cache')
 
 
 # Scores belong to a model.

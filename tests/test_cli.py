@@ -111,7 +111,10 @@ def test_a_closed_pipe_is_no_error(trained, tmp_path, args):
 
 
 def test_ctrl_c_is_one_line(trained, tmp_path):
-    process = start_cli('predict', trained[1], *[trained[0] / 'train'] * 3, '-b', 1, stderr=tmp_path / 'stderr')
+    (tmp_path / 'many').mkdir()
+    for i in range(2000):  # some seconds of work
+        os.link(min((trained[0] / 'test' / 'spots').iterdir()), tmp_path / 'many' / f'{i}.png')
+    process = start_cli('predict', trained[1], tmp_path / 'many', '-b', 1, stderr=tmp_path / 'stderr')
     while 'image' not in ((tmp_path / 'stderr').read_text() if (tmp_path / 'stderr').exists() else ''):
         assert process.is_alive()
         time.sleep(.005)
@@ -119,7 +122,8 @@ def test_ctrl_c_is_one_line(trained, tmp_path):
     process.join(60)
     assert process.exitcode == 130
     said = (tmp_path / 'stderr').read_text()
-    assert said.splitlines()[-1].startswith('timm-densese: stopped.')
+    assert said.splitlines()[-1] == (
+        'timm-densese: stopped. Nothing half-done is left: run the same command again.')
     assert 'Traceback' not in said
 
 

@@ -1,5 +1,6 @@
 """Files and folders that appear whole, under any name that a user gives, with the rights of any file."""
 import os
+from pathlib import Path
 
 import pytest
 from conftest import run_cli
@@ -71,6 +72,9 @@ def test_places_that_cannot_be_written(tmp_path):
             check_new_folder(tmp_path / name, '--output')
     with pytest.raises(OptionError, match='is a file, not a folder'):
         check_new_folder(tmp_path / 'file' / 'below', '--output')
+    if Path('/proc').is_dir():  # where root may write, and nobody can
+        with pytest.raises(OptionError, match=r'/proc cannot be written \(.*Choose another --output'):
+            check_new_file(Path('/proc/x.csv'), '--output')
     with pytest.raises(OptionError, match='is a folder: give a file'):
         check_new_file(tmp_path, '--output')
     with pytest.raises(OptionError, match='is a file, not a folder'):

@@ -38,6 +38,19 @@ def test_a_timm_that_is_too_old_is_named(tmp_path):
             assert f'timm {version} in {tmp_path / "timm"}' in said
 
 
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
+    (tmp_path / 'timm').mkdir()
+    (tmp_path / 'timm' / 'version.py').write_text("__version__ = '9.0.0'\n")
+    for stopped in ('raise KeyboardInterrupt', 'try:\n raise KeyboardInterrupt\nfinally:\n 1 / 0'):
+        (tmp_path / 'timm' / '__init__.py').write_text(stopped)
+        result = subprocess.run([sys.executable, '-m', 'timm_densese', 'models'], capture_output=True, text=True, env={
+            **os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (tmp_path, ROOT)))})
+        assert result.returncode == 130, result.stderr
+        assert result.stderr.strip().startswith('timm-densese: stopped.')
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert 'KeyboardInterrupt' in python('import timm_densese', tmp_path).stderr  # of a script, it is that script's
+
+
 def test_the_version_needed_is_the_one_that_pip_installs():
     needed = re.search(r'"timm>=([\d.]+)"', (ROOT / 'pyproject.toml').read_text())[1]
     assert needed == '.'.join(map(str, _TIMM_NEEDED))

@@ -1,14 +1,13 @@
 """Trained models, found and loaded from wherever they are."""
 import difflib
 import hashlib
-import json
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
 
 import timm
 import torch
 import torch.nn as nn
-import yaml
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,15 +15,26 @@ from timm.data import ImageNetInfo, resolve_input_data_config
 from timm.models import clean_state_dict, get_pretrained_cfg, is_model
 
 from .data.images import list_images
-from .errors import CheckpointError, CheckpointFileError, CheckpointMismatchError, ModelNotFoundError, hub_errors
+from .errors import (
+    CheckpointError,
+    CheckpointFileError,
+    CheckpointMismatchError,
+    ModelNotFoundError,
+    OptionError,
+    hub_errors,
+)
+from .hub import check_hub
 from .models.se_densenet import default_cfgs
 from .models.untrusted import check_model_args, check_net_args, read_checkpoint
+from .options import ModelName, check, option_errors
+from .recipes import read_preprocessing, read_recipe, recorded_args
 
-__all__ = ['Checkpoint', 'choose_device', 'find_weights', 'load_model', 'short_name', 'split_source']
+__all__ = [
+    'Checkpoint', 'Model', 'choose_device', 'find_weights', 'load_model', 'short_name', 'split_source',
+]
 
 # Where loops put a state dict: timm's, torchvision's and others'; averaged weights first, which both loops validate.
 _STATE_DICTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'model_state_dict')
-_INPUT = ('img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 def find_weights(repo_id: str) -> bool:
@@ -88,8 +98,12 @@ class Checkpoint(NamedTuple):
         return digest.hexdigest()
 
 
+# A model: what `load_model` takes, what it returned, or a call of it that is made once the options are checked.
+Model = Union[str, Checkpoint, Callable[[], Checkpoint]]
+
+
 def load_model(
-        of: Union[str, Checkpoint],
+        of: Model,
         device: str = '',
         architecture: str = '',
         model_kwargs: Optional[Dict[str, Any]] = None,
@@ -104,7 +118,7 @@ def load_model(
 
     Args:
         of: Path of a checkpoint, `hf-hub:OWNER/NAME`, `local-dir:DIR`, or the name of a model with pretrained weights;
-            what this returned is returned as it is.
+            what this returned is returned as it is, and a call of this is made.
         device: Device to move it to, by default CUDA where there is one.
         architecture: Name of a checkpoint's model, if its file does not say.
         model_kwargs: Arguments of a checkpoint's model, over those that the run recorded.
@@ -116,6 +130,7 @@ def load_model(
 
     Raises:
         ModelNotFoundError: It is none of these.
+        OptionError: `architecture`, `model_kwargs` or `class_names` cannot be used.
         CheckpointError: It cannot be read, is refused, or does not fit its model or its classes.
         HubError: It cannot be had from the Hub.
 
@@ -130,8 +145,18 @@ def load_model(
     """
     if isinstance(of, Checkpoint):
         return of
+    if callable(of):
+        return of()
     chosen = choose_device(device)
-    loaded = _load_file(Path(of), architecture, model_kwargs or {}) if Path(of).is_file() else _load_pretrained(of)
+    if class_names and len(set(class_names)) < len(class_names):
+        twice = next(name for name in class_names if list(class_names).count(name) > 1)
+        raise OptionError(f'--class-names has {twice!r} more than once: give each class a name of its own.')
+    if Path(of).is_file():
+        loaded = _load_file(Path(of), architecture, model_kwargs or {})
+    elif (architecture or model_kwargs) and _check_name(of):
+        raise OptionError(f'--model and --model-kwargs say what a checkpoint file does not; {of} is none.')
+    else:
+        loaded = _load_pretrained(of)
     net = loaded.model
     if net.num_classes < 2:
         raise CheckpointError(
@@ -152,6 +177,7 @@ def load_model(
 def split_source(name: str) -> List[str]:
     """Split `hf-hub:OWNER/NAME` and `local-dir:DIR` at the colon; another name has the source ''."""
     source, _, rest = name.partition(':')
+    source = source.replace('hf_hub', 'hf-hub')  # timm takes both
     return [source, rest] if source in ('hf-hub', 'local-dir') else ['', name]
 
 
@@ -164,14 +190,14 @@ def short_name(of: str) -> str:
 
 
 def _load_pretrained(of: str) -> Checkpoint:
-    source, name = split_source(of)
-    if source == 'local-dir' and not (Path(name) / 'config.json').is_file():
-        raise ModelNotFoundError(
-            f'{name} has no config.json: give a folder that `timm-densese publish --output` wrote.')
-    if not source:
-        _check_registered(of)
-        if not get_pretrained_cfg(of).has_weights:  # type: ignore[union-attr]
-            raise ModelNotFoundError(f'{of} has no pretrained weights. Give a checkpoint of it.')
+    source, name = _check_name(of)
+    cfg: Any = None if source else get_pretrained_cfg(of)
+    if cfg and not cfg.has_weights:
+        raise ModelNotFoundError(f'{of} has no pretrained weights. Give a checkpoint of it.')
+    if source == 'hf-hub':
+        check_hub(name, 'config.json')
+    elif cfg and cfg.hf_hub_id:
+        check_hub(cfg.hf_hub_id, 'model.safetensors')
     with hub_errors(name, 'load'):
         try:
             net: Any = timm.create_model(of, pretrained=True).eval()
@@ -185,40 +211,50 @@ def _load_pretrained(of: str) -> Checkpoint:
     return Checkpoint(net, labels, resolve_input_data_config(net), {}, '')
 
 
-def _check_registered(name: str) -> None:
-    """Refuse what is no file and no model, with the names that are near."""
-    if is_model(name):
-        return
+def _check_name(name: str) -> List[str]:
+    """Refuse what is no file and no model, with the names that are near; give the source and the name in it."""
+    source, rest = split_source(name)
+    if source == 'local-dir' and not (Path(rest) / 'config.json').is_file():
+        raise ModelNotFoundError(
+            f'{rest or name} has no config.json: give a folder that `timm-densese publish --output` wrote.')
+    if source or is_model(name):
+        check('MODEL', ModelName(), name)
+        return [source, rest]
     hint = ''
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         hint = f' It is a folder: give a checkpoint in it, or local-dir:{name}.'
     elif close := difflib.get_close_matches(name, timm.list_models(), 3):
         hint = f' Is it {" or ".join(close)}?'
     raise ModelNotFoundError(
-        f'{name} is no file and no model.{hint} Give a checkpoint, hf-hub:OWNER/NAME, local-dir:DIR, or a name such '
-        f'as those of `timm-densese models`. A model of a module of your own needs --device-modules.')
+        f'{name or "An empty name"} is no file and no model.{hint} Give a checkpoint, hf-hub:OWNER/NAME, '
+        f'local-dir:DIR, or a name such as those of `timm-densese models`. A model of a module of your own needs '
+        f'--device-modules.')
 
 
 # A file.
 
 
 def _load_file(file: Path, architecture: str, model_kwargs: Dict[str, Any]) -> Checkpoint:
+    if architecture:
+        check('--model', ModelName(), architecture)
     saved = _read_safetensors(file) if file.suffix == '.safetensors' else read_checkpoint(file)
-    recipe = _read_recipe(file, saved)
+    recipe = read_recipe(file, saved)
     arch, recorded = _find_architecture(file, architecture or recipe.get('architecture') or saved.get('arch') or
                                         recipe.get('model') or '')
-    key = next((k for k in _STATE_DICTS if isinstance(saved.get(k), dict)), '')
+    key = next((k for k in _STATE_DICTS if isinstance(saved.get(k), dict) and saved[k]), '')
     state_dict = clean_state_dict(saved[key] if key else saved)
-    kwargs = {**recorded, **_recorded_args(recipe), **model_kwargs}
-    net = _create(file, arch, kwargs, state_dict)
+    kwargs = {**recorded, **recorded_args(recipe), **model_kwargs}
+    given = ' '.join(f'{name}={value}' for name, value in model_kwargs.items())
+    with option_errors(f'--model-kwargs {given}') if given else nullcontext():
+        net = _create(file, arch, kwargs, state_dict)
 
-    data_config = resolve_input_data_config(net, {k: recipe[k] for k in _INPUT if recipe.get(k)})
+    data_config = read_preprocessing(file, net, recipe)
     trained = [f'These are the {"averaged" if "ema" in key else "raw"} weights']
     if isinstance(saved.get('epoch'), int):
         trained.append(f' after epoch {saved["epoch"]}')
     if isinstance(saved.get('metric'), float) and recipe.get('eval_metric'):
         trained.append(f', where validation {recipe["eval_metric"]}, which chose them, was {saved["metric"]:.4f}')
-    return Checkpoint(net.eval(), list(recipe.get('class_names') or []), data_config, recipe, ''.join(trained) + '.')
+    return Checkpoint(net.eval(), recipe.get('class_names') or [], data_config, recipe, ''.join(trained) + '.')
 
 
 def _read_safetensors(file: Path) -> Dict[str, Any]:
@@ -226,33 +262,6 @@ def _read_safetensors(file: Path) -> Dict[str, Any]:
         return dict(load_file(file))
     except (OSError, SafetensorError) as e:
         raise CheckpointFileError(f'{file} could not be read, it is damaged or no safetensors file: {e}') from e
-
-
-def _read_recipe(file: Path, saved: Dict[str, Any]) -> Dict[str, Any]:
-    """What the run recorded: in the checkpoint itself, else beside it.
-
-    The args.yaml of another run may lie beside a checkpoint that was moved: where the two tell of different runs, the
-    checkpoint is right.
-    """
-    inside = dict(vars(saved['args'])) if hasattr(saved.get('args'), '__dict__') else {}
-    args_file, config_file = file.parent / 'args.yaml', file.parent / 'config.json'
-    try:
-        if args_file.is_file():
-            beside = yaml.safe_load(args_file.read_text(encoding='utf-8')) or {}
-        elif config_file.is_file() and file.suffix == '.safetensors':
-            config = json.loads(config_file.read_text(encoding='utf-8'))
-            cfg = config.get('pretrained_cfg') or {}
-            beside = {'architecture': config.get('architecture'), 'num_classes': config.get('num_classes'),
-                      'model_args': {'num_classes': config.get('num_classes'), **(config.get('model_args') or {})},
-                      'class_names': config.get('label_names'), **{k: cfg[k] for k in _INPUT if k in cfg}}
-        else:
-            beside = {}
-        if not isinstance(beside, dict):
-            raise ValueError(f'it holds a {type(beside).__name__}, no options')
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as e:
-        raise CheckpointFileError(f'{args_file if args_file.is_file() else config_file} cannot be read: {e}') from e
-    same_run = all(inside.get(k) == beside.get(k) for k in ('model', 'data_dir', 'data') if k in inside)
-    return {**beside, **inside} if same_run else inside
 
 
 def _find_architecture(file: Path, name: str) -> Any:
@@ -265,6 +274,8 @@ def _find_architecture(file: Path, name: str) -> Any:
     if source:
         load = timm.models.load_model_config_from_hf if source == 'hf-hub' else (
             timm.models._hub.load_model_config_from_path)
+        if source == 'hf-hub':
+            check_hub(rest, 'config.json')
         try:
             with hub_errors(rest, 'load'):
                 _, name, args = load(rest)
@@ -278,15 +289,6 @@ def _find_architecture(file: Path, name: str) -> Any:
             f'--model se_densenet121 or another name of timm.list_models(). A model of a module of your own needs '
             f'--device-modules.')
     return name, args or {}
-
-
-def _recorded_args(recipe: Dict[str, Any]) -> Dict[str, Any]:
-    """Arguments of the model: as this package records them whole, or from options of timm's train.py."""
-    if isinstance(recipe.get('model_args'), dict):
-        return dict(recipe['model_args'])
-    options = {'global_pool': recipe.get('gp'), 'in_chans': recipe.get('in_chans'),
-               'num_classes': recipe.get('num_classes')}
-    return {**{k: v for k, v in options.items() if v}, **(recipe.get('model_kwargs') or {})}
 
 
 def _create(file: Path, arch: str, kwargs: Dict[str, Any], state_dict: Dict[str, torch.Tensor]) -> nn.Module:

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -59,7 +60,7 @@ def main(argv: Optional[List[str]] = None) -> int:
             stream.reconfigure(errors='backslashreplace')
     try:
         try:
-            return _run(create_parser(), argv)
+            return _run(argv)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough
@@ -87,9 +88,9 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(parser: argparse.ArgumentParser, argv: Optional[List[str]]) -> int:
+def _run(argv: Optional[List[str]]) -> int:
     try:
-        args = parser.parse_args(argv)
+        args = create_parser().parse_args(argv)
         for module in getattr(args, 'device_modules', None) or []:
             options.check('--device-modules', options.ModuleName(), module)
         return args.run(args) or 0
@@ -98,7 +99,7 @@ def _run(parser: argparse.ArgumentParser, argv: Optional[List[str]]) -> int:
         return 2 if isinstance(e, OptionError) else 1
     except KeyboardInterrupt as e:
         sys.unraisablehook = lambda _: None  # torch's loaders complain when they were stopped half-made
-        print(f'\ntimm-densese: stopped. {e or "Nothing half-done is left: run the same command again."}',
+        print(f'\ntimm-densese: stopped. {str(e) or "Nothing half-done is left: run the same command again."}',
               file=sys.stderr)
         return 130
     except ModuleNotFoundError as e:
@@ -106,6 +107,13 @@ def _run(parser: argparse.ArgumentParser, argv: Optional[List[str]]) -> int:
         if extra is None:
             raise
         print(f'timm-densese: this needs {e.name}: pip install "timm-densese[{extra}]"', file=sys.stderr)
+        return 1
+    except OSError as e:
+        if isinstance(e, BrokenPipeError) or e.strerror is None:
+            raise
+        where = f'{e.filename}: ' if e.filename else ''
+        print(f'timm-densese: {where}{e.strerror}. Look at the file or the disk, and run the same command again.',
+              file=sys.stderr)
         return 1
 
 
@@ -218,16 +226,22 @@ def _add_device_modules(parser: Any) -> None:
 
 
 def _load_model(args: argparse.Namespace) -> Any:
+    """What loads the model, once the command has checked its other options."""
     from .checkpoints import load_model
 
-    return load_model(of=args.of, device=args.device, architecture=args.model, model_kwargs=args.model_kwargs,
-                      class_names=_class_names(args))
+    return partial(load_model, of=args.of, device=args.device, architecture=args.model, model_kwargs=args.model_kwargs,
+                   class_names=_class_names(args))
 
 
 def _class_names(args: argparse.Namespace) -> Optional[List[str]]:
     names = args.class_names
     if names and len(names) == 1 and Path(names[0]).is_file():
-        return Path(names[0]).read_text(encoding='utf-8').splitlines()
+        try:
+            lines = Path(names[0]).read_text(encoding='utf-8-sig').splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise OptionError(f'--class-names {names[0]} cannot be read ({e}): give a text file in UTF-8 with a name a '
+                              f'line.') from e
+        return [line.strip() for line in lines if line.strip()]
     return names
 
 
@@ -422,7 +436,8 @@ def _add_study(commands: Any) -> None:
     parser.add_argument('--folds', type=options.Number(int, least=2), default=5,
                         help='parts, each tested once (%(default)s)')
     parser.add_argument('--seeds', type=_COUNT, default=1, help='trainings of each fold, from --seed on (%(default)s)')
-    parser.add_argument('--val', type=_SHARE, default=.1, help='share to validate on (%(default)s)')
+    parser.add_argument('--val', type=options.Number(float, above=0, below=1), default=.1,
+                        help='share to validate on (%(default)s)')
     parser.add_argument('--split-seed', type=_NOT_NEGATIVE, default=0, help='seed of the split (%(default)s)')
     _add_split_options(parser)
     _add_goal(parser)

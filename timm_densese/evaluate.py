@@ -1,12 +1,12 @@
 """Scores that can be trusted: with intervals by patient, calibration, leaks told, and one page that shows them."""
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Set
 
 import numpy as np
 from timm.data import ImageNetInfo
 
-from .checkpoints import Checkpoint, load_model, short_name
+from .checkpoints import Checkpoint, Model, load_model, short_name
 from .comparisons import compare_models
 from .data.duplicates import find_copies
 from .data.images import list_images, read_image
@@ -29,7 +29,16 @@ from .metrics import (
 from .predict import compute_logits
 from .report import write_page
 from .subgroups import read_subgroups, subgroup_scores
-from .thresholds import Goal, call, check_goal, choose_thresholds, describe_point, describe_thresholds, operating_point
+from .thresholds import (
+    Goal,
+    call,
+    check_goal,
+    choose_thresholds,
+    describe_point,
+    describe_thresholds,
+    operating_point,
+    wants_threshold,
+)
 
 __all__ = ['ScoredImages', 'evaluate', 'run_split']
 
@@ -38,7 +47,7 @@ _MOST_COMPARED = 20_000  # images that are compared in a few minutes
 
 
 def evaluate(
-        model: Union[str, Checkpoint],
+        model: Model,
         data: Path,
         output: Path,
         split: str = '',
@@ -82,6 +91,7 @@ def evaluate(
     import sklearn.metrics  # noqa: F401  it is missed before there is work to lose
 
     check_new_folder(output, '--output')
+    wants_threshold(goal)
     if not data.is_dir():
         raise ImagesError(f'{data} is not a folder.')
     loaded = load_model(model, device)
@@ -95,6 +105,10 @@ def evaluate(
         raise OptionError(f'--sensitivity and --specificity choose a threshold on val/, and {data} has none beside '
                           f'{split or "what is scored"}.')
     parts_of = _subgroups(subgroups, data, split) if subgroups else {}
+    other = load_model(compare, device) if compare else None
+    other_classes = _classes(other, data / split) if other else classes
+    if set(other_classes) != set(classes):
+        raise ImagesError(f'{compare} has the classes {other_classes}, {loaded.source} has {classes}.')
     scored = run_split(loaded, data, split, classes, batch_size, workers)
     warnings = _leaks(scored, data, loaded.recipe)
     absent = [name for i, name in enumerate(classes) if i not in scored.labels]
@@ -156,11 +170,7 @@ def evaluate(
              'probabilities': dict(zip(classes, map(float, p), strict=True))}
             for path, label, group, p in zip(scored.paths, scored.labels, scored.groups, shown, strict=True)],
     }
-    if compare:
-        other = load_model(compare, device)
-        other_classes = _classes(other, data / split)
-        if set(other_classes) != set(classes):
-            raise ImagesError(f'{compare} has the classes {other_classes}, {loaded.source} has {classes}.')
+    if other:
         baseline = run_split(other, data, split, other_classes, batch_size, workers)
         columns = [other_classes.index(name) for name in classes]
         results.update(compare_models(
@@ -244,6 +254,9 @@ def _classes(loaded: Checkpoint, folder: Path) -> List[str]:
             f'could score it wrongly. Give --class-names in the order of the outputs. After timm\'s train.py that is '
             f'the natural order of the folders trained on; those of {folder} are, in that order: '
             f'{" ".join(found[:20]) or "none"}.')
+    if len(set(labels)) < len(labels):
+        twice = next(name for name in labels if labels.count(name) > 1)
+        raise ImagesError(f'{loaded.source} has two outputs of the name {twice}, so it cannot be scored by names.')
     if not found or not set(found) <= set(labels):
         strange = sorted(set(found) - set(labels))
         raise ImagesError(

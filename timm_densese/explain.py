@@ -12,14 +12,14 @@ import sys
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
 
-from .checkpoints import Checkpoint, load_model, short_name
+from .checkpoints import Checkpoint, Model, load_model, short_name
 from .data.images import find_images, read_image
 from .errors import CheckpointError, ImagesError
 from .figures import figure_style
@@ -171,7 +171,7 @@ def read_gates(model: Any, images: torch.Tensor) -> Dict[str, torch.Tensor]:
 
 
 def explain(
-        model: Union[str, Checkpoint],
+        model: Model,
         images: Sequence[str],
         output: Path,
         before: str = '',

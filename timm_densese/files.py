@@ -3,6 +3,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Type, Union
@@ -43,8 +44,13 @@ def check_writable(path: Path, option: str) -> None:
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if there != path and not there.is_dir():
         raise OptionError(f'{option} {path}: {there} is a file, not a folder.')
-    if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
-        raise OptionError(f'{option} {path}: {there} cannot be written. Choose another {option}.')
+    try:
+        # By trying: rights do not tell of a file system that takes nothing, nor of one that is full.
+        with tempfile.TemporaryFile(dir=there) if there.is_dir() else open(there, 'ab'):
+            pass
+    except OSError as e:
+        raise OptionError(
+            f'{option} {path}: {there} cannot be written ({e.strerror}). Choose another {option}.') from e
 
 
 def check_new_file(file: Path, option: str) -> None:

@@ -5,10 +5,13 @@ import importlib
 import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence
 
 import timm
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from timm.data import create_transform
 
 from .errors import ModelConfigError, OptionError, UserError
@@ -64,6 +67,7 @@ class Number:
         except (TypeError, ValueError, OverflowError):
             number = None
         if (number is None or isinstance(value, bool) or not number == float(value)  # nan, or cut to an int
+                or abs(number) == float('inf')
                 or (least is not None and number < least) or (most is not None and number > most)
                 or (above is not None and number <= above) or (below is not None and number >= below)):
             raise argparse.ArgumentTypeError(f'{value!r} is not {self}')
@@ -165,7 +169,17 @@ class ModelName:
     def __call__(self, value: Any) -> str:
         if not isinstance(value, str) or not value:
             raise argparse.ArgumentTypeError(f'{value!r} is no name of a model')
-        if value.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
+        source, colon, rest = value.partition(':')
+        if colon and source in ('hf-hub', 'hf_hub'):
+            try:
+                validate_repo_id(rest.partition('@')[0])
+            except HFValidationError as e:
+                raise argparse.ArgumentTypeError(f'{value!r} names no repository: give {source}:OWNER/NAME') from e
+            return value
+        if colon and source == 'local-dir':
+            if not (Path(rest) / 'config.json').is_file():
+                raise argparse.ArgumentTypeError(
+                    f'{value!r}: there is no config.json; give a folder that `timm-densese publish --output` wrote')
             return value
         name, _, tag = value.partition('.')
         if not timm.is_model(name):
@@ -190,6 +204,9 @@ class ModuleName:
             why = f'{type(e).__name__}: {first_line(e)}'
             raise argparse.ArgumentTypeError(f'{value!r} cannot be imported ({why})') from e
         return value
+
+    def __str__(self) -> str:
+        return 'the name of a module'
 
 
 class Augmentation:
@@ -230,6 +247,8 @@ def close_matches(name: Any, names: Iterable[str], shown: int = 12) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class where it has none."""
+    if isinstance(error, KeyError):  # its message is the key alone
+        return f'there is no {error}'
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -4,7 +4,7 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image
@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import Compose, Grayscale
 from tqdm import tqdm  # comes with huggingface_hub
 
-from .checkpoints import Checkpoint, load_model
+from .checkpoints import Checkpoint, Model, load_model
 from .data.images import find_images, read_image
-from .errors import CheckpointError, UserError
+from .errors import CheckpointError, OptionError
 from .files import check_new_file, replace_file
 from .thresholds import Calibration, name_call, read_calibration
 
@@ -138,7 +138,7 @@ def compute_logits(
 
 
 def predict(
-        model: Union[str, Checkpoint],
+        model: Model,
         images: Sequence[str],
         top_k: int = 5,
         calibration: Calibration = _UNCALIBRATED,
@@ -198,7 +198,7 @@ def predict(
 
 
 def predict_files(
-        model: Union[str, Checkpoint],
+        model: Model,
         images: Sequence[str],
         top_k: int = 5,
         calibration: Optional[Path] = None,
@@ -228,9 +228,10 @@ def predict_files(
         UserError: There are no images, or the model or the calibration cannot be read.
     """
     if output and output.suffix.lower() != '.csv':
-        raise UserError(f'--output {output} is written as CSV: name it .csv. JSON is printed: --json > FILE.')
+        raise OptionError(f'--output {output} is written as CSV: name it .csv. JSON is printed: --json > FILE.')
     if output:
         check_new_file(output, '--output')
+    find_images(images)  # they are missed before the model is loaded
     loaded = load_model(model, device)
     use = read_calibration(calibration, loaded.hash_weights(), loaded.class_names)
     rows = predict(loaded, images, top_k=top_k, calibration=use, batch_size=batch_size, workers=workers)
@@ -239,7 +240,7 @@ def predict_files(
     if output:
         _write_csv(output, good)
     if as_json:
-        print(json.dumps({'model': loaded.source, 'temperature': use.temperature, 'calibrated': calibration is not None,
+        print(json.dumps({'model': loaded.source, 'temperature': use.temperature, 'calibrated': use.is_fitted,
                           'threshold': use.thresholds and use.thresholds._asdict(),
                           'predictions': good, 'unreadable': errors}, indent=1))
     else:
@@ -252,9 +253,10 @@ def predict_files(
         if not loaded.label_names:
             print('The classes are numbers, the places of the outputs: their names are not known. Give --class-names.',
                   file=sys.stderr)
-        if calibration is None and good:
-            print('The probabilities are not calibrated: give --calibration with the metrics.json of an evaluation.',
-                  file=sys.stderr)
+        if not use.is_fitted and good:
+            print('The probabilities are not calibrated: ' + (
+                f'{calibration} holds no temperature.' if calibration else
+                'give --calibration with the metrics.json of an evaluation.'), file=sys.stderr)
     for file, error in errors.items():
         print(f'not readable: {file} ({error})', file=sys.stderr)
     if errors:

@@ -15,8 +15,8 @@ from .cards import finetune_card, registered_card
 from .checkpoints import Checkpoint, load_model
 from .data.msld import is_msld
 from .data.splits import read_split
-from .errors import PublishError, hub_errors
-from .files import check_new_folder, new_folder, replace_file
+from .errors import OptionError, PublishError, hub_errors
+from .files import check_new_file, check_new_folder, new_folder, replace_file
 from .metrics import check_weights, read_metrics
 
 __all__ = ['publish', 'write_card']
@@ -76,6 +76,10 @@ def write_card(
     Raises:
         UserError: There is no such model, or the checkpoint or metrics do not fit.
     """
+    if output is not None:
+        if output.suffix.lower() != '.md':
+            raise OptionError(f'--output {output} is written as Markdown: name it .md.')
+        check_new_file(output, '--output')
     if repo_id is not None:
         _check_repo_id(repo_id)
         loaded = load_model(

@@ -1,13 +1,14 @@
 """A local web page to try a model: a prediction, what it looks at, and what its gates do."""
 import os
+import socket
 import sys
 from pathlib import Path
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Optional, Tuple
 
 import torch
 from PIL import Image
 
-from .checkpoints import Checkpoint, load_model, short_name
+from .checkpoints import Model, load_model, short_name
 from .data.images import read_image
 from .errors import UserError
 from .explain import draw_gates, grad_cam, overlay, read_gates
@@ -24,7 +25,7 @@ _TOP_K = 5
 _SITES_SHOWN = 3
 
 
-def create_page(model: Union[str, Checkpoint], calibration: Optional[Path] = None, device: str = '') -> Any:
+def create_page(model: Model, calibration: Optional[Path] = None, device: str = '') -> Any:
     """Create the page.
 
     Args:
@@ -86,7 +87,7 @@ def create_page(model: Union[str, Checkpoint], calibration: Optional[Path] = Non
                 button = gr.Button('Predict', variant='primary', elem_id='predict')
             with gr.Column():
                 label = gr.Label(num_top_classes=_TOP_K, elem_id='prediction', label=(
-                    'Prediction, calibrated' if calibration else 'Prediction, probabilities not calibrated'))
+                    'Prediction, calibrated' if use.is_fitted else 'Prediction, probabilities not calibrated'))
                 called = gr.Markdown(visible=use.thresholds is not None)
                 cam = gr.Image(label='What it looked at (Grad-CAM)', interactive=False, height=300, elem_id='cam')
         gr.Markdown('### Gates of the channels\nA gate multiplies one channel. At 1 it leaves the channel as it is, at '
@@ -97,7 +98,7 @@ def create_page(model: Union[str, Checkpoint], calibration: Optional[Path] = Non
 
 
 def serve(
-        model: Union[str, Checkpoint],
+        model: Model,
         calibration: Optional[Path] = None,
         device: str = '',
         port: int = 7860,
@@ -115,13 +116,20 @@ def serve(
     Raises:
         UserError: The model cannot be loaded, or the port is taken.
     """
-    page = create_page(model, calibration, device)
-    from gradio.themes import Base
-    print(NOTICE)
     local = host in ('127.0.0.1', 'localhost')
     if not local:
         print(f'WARNING: --host {host} opens the page to everybody who reaches this computer, without a password and '
               f'unencrypted.', file=sys.stderr)
+    try:
+        with socket.socket() as free:  # as gradio will try, once the model is loaded
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            free.bind((host, port))
+    except OSError as e:
+        raise UserError(
+            f'Port {port} of {host} cannot be opened ({e.strerror}). Choose another --port, or --host.') from e
+    page = create_page(model, calibration, device)
+    from gradio.themes import Base
+    print(NOTICE)
     for name in ('no_proxy', 'NO_PROXY'):  # gradio asks its own page whether it is there
         os.environ[name] = ','.join(filter(None, [os.environ.get(name), '127.0.0.1', 'localhost', host]))
     try:

@@ -10,7 +10,7 @@ from .metrics import Scores, check_weights, format_metric, with_intervals
 
 __all__ = [
     'NOT_SURE', 'Calibration', 'Goal', 'Thresholds', 'call', 'check_goal', 'choose_thresholds', 'describe_point',
-    'describe_thresholds', 'name_call', 'operating_point', 'read_calibration',
+    'describe_thresholds', 'name_call', 'operating_point', 'read_calibration', 'wants_threshold',
 ]
 
 NOT_SURE = 'not sure'
@@ -56,6 +56,25 @@ class Calibration(NamedTuple):
     temperature: float = 1.
     thresholds: Optional[Thresholds] = None
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the probabilities are calibrated: there may be thresholds where no temperature could be fitted."""
+        return self.temperature != 1.
+
+
+def wants_threshold(goal: Goal) -> bool:
+    """Tell whether a threshold is asked for.
+
+    Raises:
+        OptionError: It is not, and what it would be for is.
+    """
+    if goal.sensitivity is None and goal.specificity is None:
+        given = [name for name, value in (('--positive', goal.positive), ('--prevalence', goal.prevalence)) if value]
+        if given:
+            raise OptionError(f'{given[0]} is of a threshold: give --sensitivity, or --specificity, too.')
+        return False
+    return True
+
 
 def check_goal(goal: Goal, classes: Sequence[str], counts: Sequence[int]) -> Optional[str]:
     """Give the positive class, None where no threshold is asked for.
@@ -68,10 +87,7 @@ def check_goal(goal: Goal, classes: Sequence[str], counts: Sequence[int]) -> Opt
     Raises:
         OptionError: There is no such class, or none is given and there are more than two.
     """
-    if goal.sensitivity is None and goal.specificity is None:
-        given = [name for name, value in (('--positive', goal.positive), ('--prevalence', goal.prevalence)) if value]
-        if given:
-            raise OptionError(f'{given[0]} is of a threshold: give --sensitivity, or --specificity, too.')
+    if not wants_threshold(goal):
         return None
     names = ', '.join(classes[:20])
     if goal.positive and goal.positive not in classes:
@@ -256,6 +272,8 @@ def read_calibration(file: Optional[Path], weights: str, classes: Sequence[str])
         temperature = 1. if temperature is None else float(temperature)
         thresholds = None if threshold is None else Thresholds(
             str(threshold['positive']), float(threshold['low']), float(threshold['high']))
+        if thresholds and not 0 <= thresholds.low <= thresholds.high < float('inf'):
+            raise ValueError(f'thresholds of {thresholds.low} and {thresholds.high}')
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise MetricsError(
             f'{given} holds no temperature and no threshold ({type(e).__name__}: {e}). Give the metrics.json of '

@@ -1,4 +1,5 @@
 """The MSLD download against a faulty server, and splits that part nothing that belongs together."""
+import _thread
 import csv
 import hashlib
 import os
@@ -6,6 +7,7 @@ import re
 import shutil
 import tempfile
 import threading
+import time
 import urllib.parse
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -24,7 +26,7 @@ from timm_densese.cli import main
 from timm_densese.data.msld import download_msld
 from timm_densese.data.splits import split_images
 from timm_densese.demo import generate_images
-from timm_densese.errors import DownloadError, SplitError
+from timm_densese.errors import DownloadError, OptionError, SplitError
 
 # The download.
 
@@ -116,7 +118,29 @@ def test_download_without_a_server(tmp_path, capsys):
     with source({}) as (url, _):
         pass
     with pytest.raises(DownloadError, match=rf'{url} could not be reached .*nothing was downloaded.*--base-url'):
-        download_msld(tmp_path, url)
+        download_msld(tmp_path / 'msld', url)
+    assert not (tmp_path / 'msld').exists()
+    (tmp_path / 'file').touch()
+    with pytest.raises(OptionError, match=r'--output .*file is a file, not a folder'):
+        download_msld(tmp_path / 'file' / 'msld', url)
+
+
+def test_download_ends_at_ctrl_c(tmp_path, monkeypatch):
+    """What was begun ends, nothing is begun or tried again, and all that came is kept."""
+    begun, started = [], time.monotonic()
+
+    def fail(url, file, **kwargs):
+        begun.append(file)
+        if len(begun) == 1:
+            _thread.interrupt_main()
+        raise OSError('busy')
+
+    monkeypatch.setattr('torch.hub.download_url_to_file', fail)
+    monkeypatch.setattr('timm_densese.data.msld._check_reachable', lambda url: None)
+    with pytest.raises(KeyboardInterrupt, match='the same command goes on'):
+        download_msld(tmp_path, backoff=20.)
+    assert time.monotonic() - started < 10
+    assert len(begun) < 20
 
 
 # Splits.
@@ -309,6 +333,30 @@ def test_wrong_options(tmp_path, change, message):
     with pytest.raises(SplitError, match=message):
         split_images(src, tmp_path / 'out', **change)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['src']
+
+
+@pytest.mark.parametrize(('report', 'message'), [
+    ('src/a/pairs.png', 'lies inside'), ('pairs.txt', r'name it \.png or'), ('.', r'name it \.png or'),
+    ('folder.png', 'is a folder: give a file'), ('file/pairs.png', 'file is a file, not a folder'),
+])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, report, message):
+    src = folder_of_images(tmp_path / 'src', shots=1)
+    (tmp_path / 'folder.png').mkdir()
+    (tmp_path / 'file').touch()
+    with pytest.raises(OptionError, match=rf'^--report .*{message}'):
+        split_images(src, tmp_path / 'out', report=tmp_path / report)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'folder.png', 'src']
+
+
+def test_a_report_is_not_written_into_what_it_is_linked_to(tmp_path):
+    """As an image of an earlier split is to its source."""
+    src = folder_of_images(tmp_path / 'src')
+    first, second = sorted((src / 'a').iterdir())[:2]
+    Image.open(first).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(second)
+    before = first.read_bytes()
+    os.link(first, tmp_path / 'pairs.png')
+    split_images(src, tmp_path / 'out', report=tmp_path / 'pairs.png')
+    assert first.read_bytes() == before != (tmp_path / 'pairs.png').read_bytes()
 
 
 def test_one_patient_with_nearly_all_images(tmp_path):

@@ -169,6 +169,12 @@ def test_what_the_loops_write_is_read(tmp_path):
     assert read_checkpoint(tmp_path / 'a.pth')['args'].block_config == (1, 2)
 
 
+def test_tied_weights_are_read(tmp_path):
+    tied = torch.zeros(300, 300)
+    torch.save({'state_dict': {name: tied for name in 'abc'}}, tmp_path / 'a.pth')
+    assert len(read_checkpoint(tmp_path / 'a.pth')['state_dict']) == 3
+
+
 @pytest.mark.parametrize('name', ['../../outside', '/etc/passwd', 'owner/../../x', 'a/b/c'])
 def test_path_tricks_in_names(name, tmp_path, hub):
     asked = len(hub.requests)

@@ -45,6 +45,12 @@ def test_an_image_that_is_damaged_after_the_split(small_split, tmp_path):
     assert result.stderr.count(f'not readable, the next image takes its place: {broken}') == 1
 
 
+def test_a_model_without_values_is_refused(small_split, tmp_path):
+    with pytest.raises(OptionError, match='leave device out of --model-kwargs'):
+        run_training(small_split, tmp_path / 'run', model_kwargs={**SMALL_RUN['model_kwargs'], 'device': 'meta'})
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.fixture(scope='module')
 def another(small_split, tmp_path_factory):
     """A checkpoint of another architecture."""

@@ -13,9 +13,10 @@ from timm_densese.training import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 WRONG = {
-    'device_modules': (['no_such_module'], 'no_such_module'),
+    'device_modules': (['no_such_module'], 'no_such_module', 'os'),
     'data_dir': (3,), 'train_split': (None,), 'output': (['a'],), 'pretrained_path': (1.5,), 'resume': (True,),
-    'model': ('nope121', 'se_densenet121.nope', 'se_densenet120', '', 5, None),
+    'model': ('nope121', 'se_densenet121.nope', 'se_densenet120', '', 5, None, 'hf-hub:', 'hf-hub:a/b/c',
+              'local-dir:nowhere'),
     'model_kwargs': ('depth', ['depth=1'], {1: 2}),
     'pretrained': ('no', 1), 'model_ema': ('false',), 'dry_run': (0,),
     'img_size': (0, -5, 'large', 32.5, [32]), 'batch_size': (0, -1, 1.5, None, 'x', True),
@@ -23,7 +24,8 @@ WRONG = {
     'workers': (-1, 'two'), 'seed': (-1, 2 ** 32), 'warmup_epochs': (-1,),
     'device': ('nope', 'cuda:99', 'meta', 'cpu:x'),
     'opt': ('nope', '', None, 'adamv'), 'sched': ('nope', 'plateau', 'step', 'multistep', None),
-    'lr': ('fast', -1e-3, float('nan'), None), 'weight_decay': (-1,), 'layer_decay': (0, 1.5), 'clip_grad': (0,),
+    'lr': ('fast', -1e-3, float('nan'), float('inf'), None), 'weight_decay': (-1,), 'layer_decay': (0, 1.5),
+    'clip_grad': (0,),
     'decay_epochs': (0,), 'decay_milestones': ([0], [3, 2], 3), 'decay_rate': (0,), 'min_lr': (-1,), 'warmup_lr': (-1,),
     'scale': (.5, [.5], [.9, .1], [0, 1], [.1, .2, .3]), 'ratio': ([2, 1], ['a', 'b'], [0, 1]),
     'hflip': (1.5,), 'vflip': (-.1,), 'reprob': (2,), 'color_jitter': (-1,), 'smoothing': (1, 1.5), 'drop': (1,),
@@ -40,6 +42,7 @@ def test_wrong_values(name, value):
     assert message.startswith(f'--{name.replace("_", "-")}')
     assert '\n' not in message
     assert len(message) < 250
+    assert ' object at ' not in message
     first = value[0] if isinstance(value, list) else str(value).rpartition('.')[2]
     assert str(first) in message or str(value) in message
 

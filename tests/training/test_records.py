@@ -158,6 +158,21 @@ def test_the_start_and_the_end_are_said(small_split, tmp_path, capsys):
     assert 'RANDOM' not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('name', ['args.yaml', 'summary.csv', 'curves.png', 'model_best.pth.tar'])
+def test_files_of_something_else_are_not_written_over(small_split, tmp_path, name):
+    (tmp_path / name).write_text('of another')
+    with pytest.raises(TrainingError, match=f'holds {name}, which would be written over'):
+        run_training(small_split, tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['of another']
+
+
+def test_a_training_that_was_stopped_before_its_first_checkpoint_starts_again(small_split, tmp_path):
+    with pytest.raises(TrainingError, match='loss is nan'):
+        run_training(small_split, tmp_path, lr=1e30, warmup_epochs=0, batch_size=4)
+    assert (tmp_path / 'args.yaml').exists()
+    assert run_training(small_split, tmp_path)['best_epoch'] == 0
+
+
 def test_a_dry_run_writes_nothing(small_split, tmp_path, capsys):
     assert run_training(small_split, tmp_path / 'run', dry_run=True, batch_size=4, epochs=50) == {
         'classes': ['spots', 'stripes']}

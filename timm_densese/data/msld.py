@@ -1,20 +1,20 @@
 """MSLD, the Monkeypox Skin Lesion Dataset: its download, its terms, and how its images are recognised."""
 import csv
 import socket
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
+from threading import Event
 from typing import Dict, Iterable, List, Optional
 
 import torch
 from tqdm import tqdm  # comes with huggingface_hub
 
 from ..errors import DownloadError
-from ..files import sha256
+from ..files import check_writable, sha256
 
 __all__ = ['MSLD_CITATION', 'MSLD_LICENSE', 'MSLD_LIMITS', 'MSLD_PATIENT', 'MSLD_TERMS', 'download_msld', 'is_msld',
            'msld_patients']
@@ -92,9 +92,9 @@ def download_msld(output: Path, base_url: str = _MSLD_URL, backoff: float = 1.) 
         DownloadError: Some files could not be had after five attempts each; it names them with the reason.
     """
     print(MSLD_TERMS)
+    check_writable(output, '--output')
     rows = _manifest()
-    for label in sorted({row['label'] for row in rows}):
-        (output / label).mkdir(parents=True, exist_ok=True)
+    stopped = Event()
 
     def fetch(row: Dict[str, str]) -> Optional[str]:
         file = output / row['file']
@@ -103,7 +103,9 @@ def download_msld(output: Path, base_url: str = _MSLD_URL, backoff: float = 1.) 
         url = f'{base_url.rstrip("/")}/{urllib.parse.quote(row["source_path"])}'
         for attempt in range(_ATTEMPTS):
             if attempt:
-                time.sleep(backoff * 2 ** (attempt - 1))
+                stopped.wait(backoff * 2 ** (attempt - 1))
+            if stopped.is_set():
+                return None
             try:
                 # Writes to a temporary name beside the file, checks the hash, renames.
                 torch.hub.download_url_to_file(url, str(file), hash_prefix=row['sha256'], progress=False)
@@ -118,12 +120,18 @@ def download_msld(output: Path, base_url: str = _MSLD_URL, backoff: float = 1.) 
 
     if not all((output / row['file']).is_file() for row in rows):
         _check_reachable(base_url)
+    for label in sorted({row['label'] for row in rows}):
+        (output / label).mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # torch.hub's download takes none, and a silent server would hold it for ever
     try:
         with ThreadPoolExecutor(8) as pool:
-            progress = tqdm(pool.map(fetch, rows), total=len(rows), desc='MSLD', unit='image')
-            failures = list(filter(None, progress))
+            try:
+                progress = tqdm(pool.map(fetch, rows), total=len(rows), desc='MSLD', unit='image')
+                failures = list(filter(None, progress))
+            except KeyboardInterrupt:
+                stopped.set()  # the pool waits for what it has begun, and begins nothing
+                raise KeyboardInterrupt('The images that came are kept: the same command goes on.') from None
     finally:
         socket.setdefaulttimeout(timeout)
     if failures:

@@ -1,5 +1,6 @@
 """Splits of image folders that keep together what belongs together."""
 import csv
+import io
 import os
 import re
 import shutil
@@ -15,8 +16,8 @@ import numpy as np
 from PIL import ExifTags, Image
 from tqdm import tqdm  # comes with huggingface_hub
 
-from ..errors import SplitError
-from ..files import check_new_folder, new_folder, printable, sha256
+from ..errors import OptionError, SplitError
+from ..files import check_new_file, check_new_folder, new_folder, printable, replace_file, sha256
 from .groups import find_patients, group_images
 from .images import read_image
 from .sources import SplitImage, find_source
@@ -24,6 +25,7 @@ from .sources import SplitImage, find_source
 __all__ = ['SplitImage', 'SplitTable', 'read_split', 'split_images']
 
 _TABLE = 'split.csv'
+_PICTURES = ('.png', '.jpg', '.pdf', '.svg')
 # Names that are not UTF-8 keep their bytes.
 _TEXT = {'encoding': 'utf-8', 'errors': 'surrogateescape', 'newline': ''}
 
@@ -128,6 +130,8 @@ def split_images(
     if output.resolve().is_relative_to(src.resolve()):
         raise SplitError(f'{output} lies inside {src}, where nothing is to be written. Choose another --output.')
     check_new_folder(output, '--output', SplitError)
+    if report:
+        _check_report(report, src)
 
     images = find_source(src, labels, keep_test)
     known = [image for image in images if not image.error]
@@ -369,6 +373,14 @@ def _print_balance(images: Sequence[SplitImage], folds: Optional[int]) -> None:
             print(f'{prefix}{split:5} {counts.total():5} images in {groups} groups: {classes}')
 
 
+def _check_report(report: Path, src: Path) -> None:
+    if report.suffix.lower() not in _PICTURES:
+        raise OptionError(f'--report {report} is a picture: name it {" or ".join(_PICTURES)}.')
+    if report.resolve().is_relative_to(src.resolve()):
+        raise OptionError(f'--report {report} lies inside {src}, where nothing is to be written.')
+    check_new_file(report, '--report')
+
+
 def _contact_sheet(images: Sequence[SplitImage], pairs: Sequence[Tuple[int, int]], report: Path) -> None:
     """Draw the images that show the same picture, a pair a row."""
     from matplotlib.figure import Figure
@@ -383,5 +395,6 @@ def _contact_sheet(images: Sequence[SplitImage], pairs: Sequence[Tuple[int, int]
             ax.axis('off')
     if len(pairs) > len(shown):
         fig.suptitle(f'the first {len(shown)} of {len(pairs)} pairs', fontsize=8)
-    report.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(report, dpi=80)
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=80, format=report.suffix[1:].lower())
+    replace_file(report, picture.getvalue())  # never into a file that others are linked to

@@ -241,7 +241,11 @@ def read_checkpoint(path: Path) -> Dict[str, Any]:
         raise CheckpointFileError(f'{path} holds a {type(checkpoint).__name__}, not a checkpoint or state dict.')
     for state_dict in (checkpoint, *(v for v in checkpoint.values() if isinstance(v, dict))):
         tensors = [v for v in state_dict.values() if isinstance(v, torch.Tensor)]
-        # A stride of 0 makes a tensor of any size from one number.
-        if sum(t.numel() * t.element_size() for t in tensors) > path.stat().st_size:
+        # A stride of 0 makes a tensor of any size from one number. Tied weights are several names of one storage.
+        claimed: Dict[int, int] = {}
+        for t in tensors:
+            place = t.untyped_storage().data_ptr()
+            claimed[place] = max(claimed.get(place, 0), t.numel() * t.element_size())
+        if sum(claimed.values()) > path.stat().st_size:
             raise CheckpointFileError(f'{path} is refused: its tensors claim more bytes than the file has.')
     return checkpoint

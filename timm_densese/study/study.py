@@ -5,7 +5,7 @@ from typing import Any, Dict, Optional, Sequence
 
 import torch
 
-from ..thresholds import Goal
+from ..thresholds import Goal, wants_threshold
 from .plan import configure, plan_runs, prepare
 from .results import report_study
 from .runs import do_runs, in_first_process
@@ -60,6 +60,7 @@ def study(
     device = str((recipe or {}).get('device') or '')
     if not device and 'LOCAL_RANK' in os.environ and torch.cuda.is_available():
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
+    wants_threshold(goal)  # what needs no images is checked before they are split
     configs = configure(models, {**(recipe or {}), 'device': device})
     plan = plan_runs(configs, output, folds, seeds)
     rank = in_first_process(lambda: prepare(data, output, configs, plan, folds, goal, subgroups, split))

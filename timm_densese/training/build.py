@@ -17,7 +17,7 @@ from timm.utils import random_seed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ..data.images import ImageFolder, list_images, read_image
-from ..errors import TrainingError
+from ..errors import OptionError, TrainingError
 from ..files import printable
 from ..options import option_errors
 from .config import TrainConfig
@@ -93,6 +93,8 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
 
     random_seed(config.seed)
     model, data_config, made_of = create_model(config, len(classes))
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise OptionError(f'--model {config.model} is made without values; leave device out of --model-kwargs.')
     model.to(device)
     batch_size = min(config.batch_size, len(train_set.samples) // world)
     try_out(config, model, data_config, len(classes), batch_size * world)

@@ -19,7 +19,7 @@ from ..errors import OptionError, TrainingError, TrainingFinishedError
 from ..files import check_writable
 from .build import Run, build_run
 from .config import TrainConfig
-from .records import Records, describe_start
+from .records import LOCK, WRITTEN, Records, describe_start
 
 __all__ = ['train', 'validate']
 
@@ -66,6 +66,12 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
         raise TrainingError(
             f'{config.output} holds a training already. Go on with --resume {last}, or choose another --output.')
     check_writable(Path(config.output), '--output')
+    # A training that was stopped before its first checkpoint has left its lock.
+    foreign = [name for name in WRITTEN if (Path(config.output) / name).exists()
+               and (name.endswith('.tar') or not (Path(config.output) / LOCK).exists())]
+    if foreign and not config.resume:
+        raise TrainingError(f'{config.output} holds {", ".join(foreign)}, which would be written over. Choose another '
+                            f'--output.')
     run = build_run(config, device, world, rank)
     if rank == 0:
         print(describe_start(run))

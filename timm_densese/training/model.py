@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import constants
 from timm.data import resolve_data_config
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from timm.models import get_model_args, load_checkpoint
@@ -19,6 +18,7 @@ from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 
 from ..errors import OptionError, TrainingError, hub_errors
+from ..hub import why_unreachable
 from ..options import first_line, option_errors
 from .config import TrainConfig
 
@@ -91,19 +91,12 @@ def _repo_id(config: TrainConfig) -> str:
 
 
 def _check_hub(config: TrainConfig, repo_id: str) -> None:
-    """Say within seconds that there is no network: a download tries for most of a minute."""
-    file = 'config.json' if ':' in config.model else 'model.safetensors'
-    if isinstance(try_to_load_from_cache(repo_id, file), str):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(repo_id, file), timeout=10)
-    except HfHubHTTPError:
-        pass  # the Hub answers: the download says what is wrong
-    except Exception as e:  # no network, no DNS, a proxy's page
+    why = why_unreachable(repo_id, 'config.json' if ':' in config.model else 'model.safetensors')
+    if why:
         raise TrainingError(
             f'--pretrained: {repo_id} is not in the cache, and {constants.ENDPOINT} could not be reached '
-            f'({first_line(e)}). Train from random weights with --no-pretrained, or give weights downloaded elsewhere '
-            f'with --pretrained-path FILE.') from e
+            f'({why}). Train from random weights with --no-pretrained, or give weights downloaded elsewhere '
+            f'with --pretrained-path FILE.')
 
 
 def create_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

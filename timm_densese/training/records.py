@@ -20,7 +20,10 @@ from ..files import replace_file
 from ..options import option_errors
 from .build import Run
 
-__all__ = ['Records', 'describe_start']
+__all__ = ['LOCK', 'WRITTEN', 'Records', 'describe_start']
+
+LOCK = '.lock'
+WRITTEN = ('args.yaml', 'summary.csv', 'curves.png', 'model_best.pth.tar')  # beside last.pth.tar
 
 
 def describe_start(run: Run) -> str:
@@ -68,7 +71,7 @@ class Records:
         self.output = Path(config.output)
         with option_errors(f'--output {config.output}'):
             self.output.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.output / '.lock', timeout=0)  # the system frees it when the process dies
+        self._lock = FileLock(self.output / LOCK, timeout=0)  # the system frees it when the process dies
         try:
             self._lock.acquire()
         except Timeout as e:
