@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-import yaml
-
 from . import __version__, options
 from .errors import OptionError, UserError
 
@@ -408,10 +406,10 @@ def _add_train_options(parser: Any, but: Sequence[str] = ()) -> None:
 
 def _train_options(args: argparse.Namespace) -> Dict[str, Any]:
     """The options of a training that were given, in a file or, before it, on the command line."""
-    from .training import TrainConfig
+    from .training.config import TrainConfig, read_config
 
     given = vars(args)
-    values = _read_config(args.config) if args.config else {}
+    values = read_config(args.config) if args.config else {}
     values.update({option.name: given[option.name] for option in fields(TrainConfig) if option.name in given})
     return values
 
@@ -463,26 +461,3 @@ def _goal(args: argparse.Namespace) -> Any:
 
     return Goal(sensitivity=args.sensitivity, specificity=args.specificity, positive=args.positive,
                 prevalence=args.prevalence)
-
-
-def _read_config(file: Path) -> Dict[str, Any]:
-    """Read a YAML file of options for `train`; their values are checked where all options are."""
-    from .training import TrainConfig
-
-    given = f'-c {file}'
-    try:
-        values = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except FileNotFoundError as e:
-        raise OptionError(f'{given}: there is no such file.') from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise OptionError(f'{given} cannot be read ({e}).') from e
-    except yaml.YAMLError as e:
-        raise OptionError(f'{given} is no YAML ({" ".join(str(e).split())}).') from e
-    if not isinstance(values, dict):
-        found = 'nothing' if values is None else repr(values)[:60]
-        raise OptionError(f'{given} holds {found}, and no lines such as "lr: 0.001".')
-    names = [option.name for option in fields(TrainConfig)]
-    for name in values:
-        if name not in names:
-            raise OptionError(f'{given}: train has no option {name!r}{options.close_matches(name, names)}')
-    return values

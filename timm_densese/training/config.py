@@ -1,14 +1,29 @@
 """The options of a training, declared once for Python, YAML and the command line."""
 import typing
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Dict, List, Optional
 
+import yaml
 from timm.optim import list_optimizers
 
 from ..errors import OptionError
-from ..options import Augmentation, Choice, Device, Flag, ListOf, Mapping, ModelName, ModuleName, Number, Text, check
+from ..options import (
+    Augmentation,
+    Choice,
+    Device,
+    Flag,
+    ListOf,
+    Mapping,
+    ModelName,
+    ModuleName,
+    Number,
+    Text,
+    check,
+    close_matches,
+)
 
-__all__ = ['TrainConfig']
+__all__ = ['TrainConfig', 'read_config']
 
 OPTIMIZERS = [f'{prefix}{name}' for name in list_optimizers() for prefix in ('', 'lookahead_')]
 # Not timm's plateau, whose state a resumed run would not have.
@@ -105,3 +120,31 @@ class TrainConfig:
         for sched, option_name in (('step', 'decay_epochs'), ('multistep', 'decay_milestones')):
             if self.sched == sched and not getattr(self, option_name):
                 raise OptionError(f'--sched {sched} needs --{option_name.replace("_", "-")}.')
+
+
+def read_config(file: Path) -> Dict[str, Any]:
+    """Read a YAML file of options; their values are checked where all options are.
+
+    Args:
+        file: File with lines such as `lr: 0.001`.
+
+    Raises:
+        OptionError: It cannot be read, or names an option that there is none of.
+    """
+    given = f'-c {file}'
+    try:
+        values = yaml.safe_load(file.read_text(encoding='utf-8'))
+    except FileNotFoundError as e:
+        raise OptionError(f'{given}: there is no such file.') from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise OptionError(f'{given} cannot be read ({e}).') from e
+    except yaml.YAMLError as e:
+        raise OptionError(f'{given} is no YAML ({" ".join(str(e).split())}).') from e
+    if not isinstance(values, dict):
+        found = 'nothing' if values is None else repr(values)[:60]
+        raise OptionError(f'{given} holds {found}, and no lines such as "lr: 0.001".')
+    names = [option.name for option in fields(TrainConfig)]
+    for name in values:
+        if name not in names:
+            raise OptionError(f'{given}: train has no option {name!r}{close_matches(name, names)}')
+    return values
