@@ -231,7 +231,8 @@ def main() -> None:
                         if not args.quick or ('densenet' in model and 'torch' not in model)]
                 for batch_size in args.batch_sizes:
                     left = bench.group(kind, execution, dtype, dict.fromkeys(left, batch_size), Path(folder))
-                for model in left if execution == 'eager' and args.largest else []:
+                searched = left[:1] if args.quick else left
+                for model in searched if execution == 'eager' and args.largest else []:
                     size = largest_batch(kind, model, dtype, args.img_size, args.batch_sizes[-1], args.memory_limit)
                     if size:
                         bench.group(kind, execution, dtype, {model: size}, Path(folder), 'largest')

@@ -27,6 +27,8 @@ os.environ['HF_ENDPOINT'] = _server.endpoint
 os.environ['HF_HOME'] = str(Path(_scratch.name) / 'home')
 os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
 os.environ['HF_HUB_DISABLE_XET'] = '1'  # the test Hub speaks LFS
+# What a shell starts in the background ignores Ctrl-C, and so does all that it starts: the tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 import safetensors.torch  # noqa: E402
