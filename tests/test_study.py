@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from timm_densese.data.splits import read_split
 from timm_densese.demo import generate_images
 from timm_densese.errors import OptionError
 from timm_densese.study.plan import parse_model
+from timm_densese.study.results import write_table
 
+ROOT = Path(__file__).parents[1]
 KWARGS = "growth_rate=4 block_config=(2,3,2)"
 MODELS = [f'densenet121 {KWARGS}', f'se_densenet121 {KWARGS}']
 OPTIONS = ('--folds', 2, '--img-size', 32, '--epochs', 2, '--batch-size', 8, '--workers', 0, '--lr', .01,
@@ -266,6 +269,16 @@ def test_ctrl_c_says_how_to_go_on(images, tmp_path):
     process.join()
     assert process.exitcode == 130
     assert '0 of 4 runs are done and kept: the same command goes on.' in (tmp_path / 'stderr.txt').read_text()
+
+
+@pytest.mark.parametrize(('page', 'name'), [
+    ('README.md', 'study-cifar10'), ('docs/study.md', 'study-cifar10'), ('docs/study.md', 'study-scratch')])
+def test_docs_quote_the_studies(page, name):
+    text = (ROOT / page).read_text()
+    quoted = text.split(f'<!-- {name} -->\n')[1].split(f'<!-- /{name} -->')[0]
+    folder = ROOT / 'benchmarks' / 'results' / name
+    assert quoted == (folder / 'table.md').read_text()
+    assert quoted == write_table(json.loads((folder / 'metrics.json').read_text()))
 
 
 def test_names_of_models():
