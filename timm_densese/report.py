@@ -39,8 +39,8 @@ _SCORES = {
     'nll': ('log loss', 'minus the logarithm of the right class\'s probability; 0 is best, guessing gives {log:.2f}'),
     'brier': ('Brier score', 'squared distance of the probabilities from the truth; 0 is best, 2 is worst'),
     'ece': (
-        'calibration error', 'distance of the confidence from the share that is right; 0 is best. Resampling adds to it, '
-        'so that its interval lies high'),
+        'calibration error', 'distance of the confidence from the share that is right; 0 is best. Resampling adds to '
+        'it, so that its interval lies high'),
 }
 _CLASS_SCORES = {
     'precision': 'precision', 'recall': 'recall (sensitivity)', 'f1': 'F1', 'specificity': 'specificity',
