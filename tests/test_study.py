@@ -19,8 +19,9 @@ from sklearn import metrics as sk
 from timm_densese.data.splits import read_split
 from timm_densese.demo import generate_images
 from timm_densese.errors import OptionError
-from timm_densese.study.plan import parse_model
+from timm_densese.study.plan import parse_model, plan_runs
 from timm_densese.study.results import write_table
+from timm_densese.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 KWARGS = "growth_rate=4 block_config=(2,3,2)"
@@ -250,6 +251,42 @@ def test_wrong_options_are_one_line_before_any_run(images, tmp_path, options, sa
     assert said in done.stderr
     assert 'Traceback' not in done.stderr
     assert not (tmp_path / 'out' / 'runs').exists()
+
+
+def test_what_the_study_rests_on_may_not_change(images, whole, tmp_path):
+    output = tmp_path / 'out'
+    shutil.copytree(images / 'images', tmp_path / 'images')
+    shutil.copy(images / 'patients.csv', tmp_path / 'patients.csv')
+    args = ('study', tmp_path / 'images', '--models', MODELS[0], *OPTIONS, '--epochs', 1, '--groups',
+            tmp_path / 'patients.csv', '--output', output)
+    assert run_cli(*args).returncode == 0
+    table = (tmp_path / 'patients.csv').read_bytes()
+    (tmp_path / 'patients.csv').write_bytes(table.replace(b'P3', b'P4'))
+    refused = run_cli(*args)
+    assert refused.returncode == 2
+    assert 'SHA-256 of groups was' in refused.stderr
+    (tmp_path / 'patients.csv').write_bytes(table)
+    extra = tmp_path / 'images' / 'spots' / 'extra.png'
+    shutil.copy(min((tmp_path / 'images' / 'spots').iterdir()), extra)
+    refused = run_cli(*args)
+    assert refused.returncode == 2
+    assert 'images was 40, named' in refused.stderr
+    extra.unlink()
+    assert run_cli(*args).returncode == 0
+
+
+def test_a_fold_that_lacks_a_class_is_refused_before_any_run(images, tmp_path):
+    done = run_cli('study', images / 'images', '--models', MODELS[0], *OPTIONS, '--val', .02, '--output',
+                   tmp_path / 'out')
+    assert done.returncode in (1, 2)
+    assert not (tmp_path / 'out' / 'runs').exists()
+
+
+def test_each_model_has_a_folder_of_its_own(tmp_path):
+    names = ['m x=(1,2)', 'm x=[1,2]', 'm x=1_2', 'local-dir:a/b', 'local-dir:a_b', 'm_x=1_2']
+    plan = plan_runs(dict.fromkeys(names, TrainConfig()), tmp_path, folds=2, seeds=2)
+    assert len({run.folder for run in plan}) == len(plan) == 24
+    assert {run.folder.parent.parent for run in plan} == {tmp_path / 'runs'}
 
 
 def test_output_of_something_else_is_refused(images, tmp_path):

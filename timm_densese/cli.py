@@ -302,7 +302,7 @@ def _add_predict(commands: Any) -> None:
 
 
 def _add_calibration(parser: Any) -> None:
-    parser.add_argument('--calibration', type=Path, metavar='JSON', help='metrics.json of an evaluation')
+    parser.add_argument('--calibration', type=Path, metavar='JSON', help='metrics.json of an evaluation or a study')
 
 
 def _add_serve(commands: Any) -> None:

@@ -188,7 +188,7 @@ def describe_difference(
     """
     found: Dict[str, Any] = {'verdict': 'cannot tell', 'detectable': None, 'power': None, 'patients_needed': None}
     if not test.error:
-        return {**found, 'words': 'these data cannot tell: the folds do not differ in it'}
+        return {**found, 'words': 'these data cannot tell: the difference does not vary between the folds'}
     level = LEVEL / tests
     found['detectable'] = detectable_difference(test.error, test.df, level)
     found['power'] = power(test.mean, test.error, test.df, level)

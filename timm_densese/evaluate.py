@@ -28,7 +28,7 @@ from .metrics import (
 )
 from .predict import compute_logits
 from .report import write_page
-from .subgroups import read_subgroups, subgroup_scores
+from .subgroups import read_subgroups, subgroup_scores, warn_of_few
 from .thresholds import (
     Goal,
     call,
@@ -150,6 +150,7 @@ def evaluate(
         {column: [values[path] for path in scored.paths] for column, values in parts_of.items()}, samples)
     grouped = len(set(scored.groups)) < len(scored.groups)
     unit = 'patients or groups' if grouped else 'images'
+    warnings += warn_of_few(parts, unit)
     results: Dict[str, Any] = {
         'dataset': {'name': data.resolve().name, 'split': split or None, 'images': len(scored.paths),
                     'groups': len(set(scored.groups)) if grouped else None},

@@ -185,7 +185,8 @@ def predict(
         rows[place]['error'] = error
     if logits.indices:
         names = loaded.class_names
-        probabilities = (logits.values / calibration.temperature).softmax(1)
+        # In float64, as thresholds are chosen.
+        probabilities = (logits.values.double() / calibration.temperature).softmax(1)
         top = probabilities.topk(min(top_k, len(names)), 1)
         for place, indices, values in zip(logits.indices, top.indices.tolist(), top.values.tolist(), strict=True):
             rows[place]['predictions'] = [

@@ -281,7 +281,7 @@ def threshold_section(results: Dict[str, Any]) -> List[str]:
     return [
         f'<h2>{html.escape(results["model"])} with a threshold</h2>',
         f'<p>Chosen for {asked} on validation images, for {positive}: {point["where"]} '
-        f'({html.escape(point["rests_on"])}). Measured on test images, which chose nothing.{two} '
+        f'({html.escape(point["rests_on"])}). Measured on test images, which did not choose it.{two} '
         f'<code>timm-densese predict --calibration metrics.json</code> uses the threshold of the checkpoint that it is '
         f'given.</p>', head_of_scores(results['interval']), *rows]
 

@@ -64,7 +64,7 @@ def create_page(model: Model, calibration: Optional[Path] = None, device: str = 
         except Exception as e:  # PIL's decoders raise whatever they meet
             raise gr.Error(f'This file cannot be read as an image ({type(e).__name__}: {e}).') from e
         with torch.inference_mode():
-            probabilities = (net(image).float() / use.temperature).softmax(1)[0].tolist()
+            probabilities = (net(image).double() / use.temperature).softmax(1)[0].tolist()
         cam = overlay(photo, grad_cam(net, image)[0], loaded.data_config)
         figure = None
         if has_gates:

@@ -9,7 +9,7 @@ from .data.tables import find_column, match_files, read_table
 from .errors import OptionError, SplitError
 from .metrics import Scores, with_intervals
 
-__all__ = ['read_subgroups', 'subgroup_scores']
+__all__ = ['read_subgroups', 'subgroup_scores', 'warn_of_few']
 
 _MOST, _FEWEST = 20, 20
 UNKNOWN = 'not known'
@@ -102,14 +102,28 @@ def subgroup_scores(
         found[column] = {}
         for value in sorted(set(values)):
             mine = np.array(values) == value
+            several = len(np.unique(labels[mine])) > 1
 
-            def measure(weights: Optional[np.ndarray], mine: np.ndarray = mine) -> Scores:
+            def measure(weights: Optional[np.ndarray], mine: np.ndarray = mine, several: bool = several) -> Scores:
                 weights = None if weights is None else weights[:, mine]
                 with np.errstate(invalid='ignore', divide='ignore'):  # a sample may draw none of them
                     scores = mean_scores(labels[mine], probabilities[:, mine], classes, weights)
-                return {name: values for name, values in scores.items() if '/' not in name}
+                # Of images of one class, a balanced accuracy would be that class's recall.
+                return {name: values for name, values in scores.items()
+                        if '/' not in name and (several or name != 'balanced_accuracy')}
 
             patients = len(np.unique(groups[mine]))
             found[column][value] = {'images': int(mine.sum()), 'groups': patients, 'few': patients < _FEWEST,
                                     'metrics': with_intervals(measure, samples, f'{column} {value}')}
     return found
+
+
+def warn_of_few(found: Dict[str, Dict[str, Dict[str, Any]]], unit: str) -> List[str]:
+    """Give a warning for each subgroup of few patients.
+
+    Args:
+        found: What `subgroup_scores` gives.
+        unit: What the groups are: 'patients', for example.
+    """
+    return [f'{column} {value}: {part["groups"]} {unit} are few, and its scores tell little.'
+            for column, values in found.items() for value, part in values.items() if part['few']]

@@ -9,13 +9,13 @@ from .errors import MetricsError, OptionError
 from .metrics import Scores, check_weights, format_metric, with_intervals
 
 __all__ = [
-    'NOT_SURE', 'Calibration', 'Goal', 'Thresholds', 'call', 'check_goal', 'choose_thresholds', 'describe_point',
-    'describe_thresholds', 'name_call', 'operating_point', 'read_calibration', 'wants_threshold',
+    'FEWEST', 'NOT_SURE', 'Calibration', 'Goal', 'Thresholds', 'call', 'check_goal', 'choose_thresholds',
+    'describe_point', 'describe_thresholds', 'name_call', 'operating_point', 'read_calibration', 'wants_threshold',
 ]
 
 NOT_SURE = 'not sure'
 
-_FEWEST = 20
+FEWEST = 20
 
 
 class Goal(NamedTuple):
@@ -144,7 +144,7 @@ def choose_thresholds(
     assert high is not None
     few = min(len(mine), len(others))
     said = f'chosen on {len(mine)} validation images of {positive} and {len(others)} others'
-    return Thresholds(positive, low, max(low, high)), said + (', which are few' if few < _FEWEST else '')
+    return Thresholds(positive, low, max(low, high)), said + (', which are few' if few < FEWEST else '')
 
 
 def _least(share: float, count: int) -> int:

@@ -63,12 +63,14 @@ def _sentence(results: Dict[str, Any]) -> str:
                       if model.get('test', {}).get('verdict') == verdict] for verdict in ('better', 'worse')}
     said = [f'{", ".join(names)} {"is" if len(names) == 1 else "are"} {verdict} than {results["baseline"]}'
             for verdict, names in told.items() if names]
-    if len(results['models']) > 1 and not said:
+    if not any('test' in model for model in results['models'].values()):
+        said = [f'nothing was compared: there is no other model whose runs are whole beside {results["baseline"]}\'s']
+    elif not said:
         said = [f'these data cannot tell whether any model is better or worse than {results["baseline"]}']
     first = (f'The highest {in_words(results["primary"])[0]} is that of {results["model"]}: {score["value"]:.3f} '
              f'({interval}), on {results["dataset"]["images"]} images')
     groups = results['dataset']['groups']
-    return '; '.join([first + (f' of {groups} patients or groups' if groups else ''), *said]) + '.'
+    return '; '.join([first + (f' of {groups} {results["unit"]}' if groups else ''), *said]) + '.'
 
 
 def write_study(file: Path, results: Dict[str, Any], figure: bytes) -> None:
@@ -82,10 +84,12 @@ def write_study(file: Path, results: Dict[str, Any], figure: bytes) -> None:
     models, baseline = results['models'], results['baseline']
     title = in_words(results['primary'])[0]
     classes = len(results['classes'])
+    seeds = sorted({len(model['seeds']) for model in models.values()})
+    trainings = ' to '.join(map(str, sorted({seeds[0], seeds[-1]}))) + (' training' if seeds == [1] else ' trainings')
     body = [
-        f'<p>{html.escape(results["conditions"])} {len(models)} models, {results["folds"]} folds, '
-        f'{len(results["seeds"])} {"training" if len(results["seeds"]) == 1 else "trainings"} of each. For research. '
-        f'This is no medical device.</p>',
+        f'<p>{html.escape(results["conditions"])} {len(models)} models, {results["folds"]} folds, {trainings} of each. '
+        f'The highest of several scores on the same images is a little too high. For research. This is no medical '
+        f'device.</p>',
         f'<h2>{title.capitalize()} of each model</h2>', head_of_scores(results['interval'])]
     for name, model in models.items():
         score = model['metrics'][results['primary']]
@@ -125,10 +129,10 @@ def write_study(file: Path, results: Dict[str, Any], figure: bytes) -> None:
 
 def _explain_test(results: Dict[str, Any]) -> str:
     tests = [(name, model['test']) for name, model in results['models'].items() if 'test' in model]
-    rows = [(html.escape(name), f'{test["p_holm"]:.3f}',
+    rows = [(html.escape(name), html.escape(test['verdict']),
              '' if test['detectable'] is None else f'{test["detectable"]:.3f}') for name, test in tests]
     return (
         '<p>"Better" and "worse" are said where two agree: a t-test over folds, corrected for training sets '
         'that overlap (Nadeau and Bengio) and for the number of models (Holm), at a level of 5%; and the interval over '
         f'{html.escape(results["unit"])} and seeds.</p>'
-        + table(('model', 'p, corrected', 'found four times in five: a difference of'), rows))
+        + table(('model', 'found', 'would be found four times in five: a difference of'), rows))

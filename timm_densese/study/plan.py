@@ -1,18 +1,23 @@
 """What a study is to do: its models, its runs, and the settings that it goes on with."""
 import ast
+import hashlib
 import io
-import re
+import itertools
 import shlex
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
+from urllib.parse import quote_plus
 
 import yaml
 
+from ..data.images import find_images
 from ..data.splits import read_split, split_images
+from ..data.tables import read_table
 from ..errors import OptionError
-from ..files import check_new_folder, check_writable, replace_file
+from ..files import check_new_folder, check_writable, printable, replace_file, sha256
+from ..options import option_errors
 from ..subgroups import read_subgroups
 from ..thresholds import Goal, check_goal
 from ..training import TrainConfig, train
@@ -79,16 +84,18 @@ def parse_model(text: str) -> Tuple[str, str, Dict[str, Any]]:
 
 
 def configure(models: Sequence[str], recipe: Dict[str, Any]) -> Dict[str, TrainConfig]:
-    for option in ('resume', 'dry_run'):
-        if recipe.get(option):
-            raise OptionError(f'--{option.replace("_", "-")} is no option of a study, which goes on by itself.')
+    own = {'resume': '', 'dry_run': False, 'model_kwargs': {}, 'train_split': 'train', 'val_split': 'val'}
+    for option, value in own.items():
+        if recipe.get(option, value) != value:
+            raise OptionError(f'{option} {recipe[option]!r} is no option of a study, which splits the images, gives '
+                              f'each of --models its arguments, and goes on by itself.')
     configs: Dict[str, TrainConfig] = {}
     for text in models:
         spelled, name, arguments = parse_model(text)
         if spelled in configs:
             raise OptionError(f'--models names {spelled!r} twice.')
         configs[spelled] = TrainConfig(**{
-            **recipe, 'model': name, 'model_kwargs': arguments, 'train_split': 'train', 'val_split': 'val'})
+            **recipe, 'model': name, 'model_kwargs': arguments})
     if not configs:
         raise OptionError('--models names no model.')
     return configs
@@ -101,7 +108,7 @@ def plan_runs(configs: Dict[str, TrainConfig], output: Path, folds: int, seeds: 
         for fold in range(folds):
             for name, config in configs.items():
                 seed = config.seed + i
-                folder = output / 'runs' / re.sub(r'[^\w.=-]+', '_', name) / f'fold{fold}-seed{seed}'
+                folder = output / 'runs' / quote_plus(name, safe='=,()[]') / f'fold{fold}-seed{seed}'
                 plan.append(Run(name, replace(
                     config, seed=seed, data_dir=str(output / 'split' / f'fold{fold}'), output=str(folder)),
                     fold, seed, folder))
@@ -120,10 +127,19 @@ def prepare(
 ) -> None:
     """Check everything, split once, and try out each model; say how much there is to do."""
     _check_settings(data, output, next(iter(configs.values())), folds, split)
+    if subgroups:
+        with option_errors(f'--subgroups {subgroups}'):
+            read_table(subgroups)
     if not (output / 'split').is_dir():
         split_images(src=data, output=output / 'split', folds=folds, **split)
     rows = [row for row in read_split(output / 'split' / 'fold0').rows if not row['error']]
     classes = sorted({row['label'] for row in rows})
+    for fold, part in itertools.product(range(folds), ('train', 'val')):
+        absent = sorted(set(classes) - {row['label'] for row in rows if row[f'fold{fold}'] == part})
+        if absent:
+            raise OptionError(f'{part} of fold {fold} has no images of {", ".join(absent[:5])}, so no model could be '
+                              f'trained on it. Give fewer --folds, a larger --val or another --split-seed, and '
+                              f'another --output.')
     check_goal(goal, classes, [sum(row['label'] == name for row in rows) for name in classes])
     if subgroups:
         read_study_subgroups(subgroups, data, output, [row['file'] for row in rows])
@@ -143,15 +159,18 @@ def prepare(
 def _check_settings(data: Path, output: Path, config: TrainConfig, folds: int, split: Dict[str, Any]) -> None:
     """Refuse a folder of something else, or of a study with other settings; write down this one's."""
     settings = {
-        'data': str(data.resolve()), 'folds': folds,
+        'data': str(data.resolve()), 'images': _describe_files(data), 'folds': folds,
         'split': {name: str(value) if isinstance(value, Path) else value for name, value in sorted(split.items())
                   if name not in ('copy', 'report')},
+        # Their contents, too: another table is another split, other weights another study.
+        'files': {name: sha256(Path(value)) for name, value in (
+            ('groups', split.get('groups')), ('labels', split.get('labels')),
+            ('pretrained_path', config.pretrained_path), ('initial_checkpoint', config.initial_checkpoint))
+            if value and Path(value).is_file()},
         'recipe': {name: value for name, value in asdict(config).items() if name not in _NOT_COMPARED}}
     file = output / _SETTINGS
     if not file.exists():
         check_new_folder(output, '--output', OptionError)
-        if not data.is_dir():
-            raise OptionError(f'{data} is not a folder.')
         if output.resolve().is_relative_to(data.resolve()):
             raise OptionError(f'--output {output} lies inside {data}, where nothing is to be written.')
         replace_file(file, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
@@ -172,9 +191,18 @@ def _check_settings(data: Path, output: Path, config: TrainConfig, folds: int, s
 
 def _flat(settings: Dict[str, Any], with_recipe: bool) -> Dict[str, Any]:
     """Settings by names that can be shown; before the first run, the recipe may still change."""
-    return {'data': settings['data'], 'folds': settings['folds'],
+    return {'data': settings['data'], 'images': settings['images'], 'folds': settings['folds'],
+            **{f'SHA-256 of {name}': value for name, value in settings['files'].items()},
             **{f'split {name}': value for name, value in settings['split'].items()},
             **(settings['recipe'] if with_recipe else {})}
+
+
+def _describe_files(data: Path) -> str:
+    """Tell whether the images are those of another time: their number, and a hash of their names."""
+    if not data.is_dir():
+        raise OptionError(f'{data} is not a folder.')
+    names = sorted(printable(path.relative_to(data)) for path in find_images([str(data)]))
+    return f'{len(names)}, named {hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:16]}'
 
 
 def read_study_subgroups(table: Path, data: Path, output: Path, images: Sequence[str]) -> Dict[str, List[str]]:

@@ -8,7 +8,16 @@ import numpy as np
 from ..comparisons import corrected_t_test, describe_difference, holm, mean_scores, paired_differences
 from ..errors import MetricsError
 from ..metrics import Scores, with_intervals
-from ..thresholds import Goal, Thresholds, call, check_goal, choose_thresholds, describe_thresholds, operating_point
+from ..thresholds import (
+    FEWEST,
+    Goal,
+    Thresholds,
+    call,
+    check_goal,
+    choose_thresholds,
+    describe_thresholds,
+    operating_point,
+)
 
 __all__ = ['PRIMARY', 'Pool', 'compare', 'pool_predictions', 'score_pool']
 
@@ -172,6 +181,7 @@ def _choose(
     column = pool.classes.index(positive)
     called = np.zeros(pool.probabilities[best].shape[:2], dtype=int)
     chosen: Dict[Tuple[int, int], Thresholds] = {}
+    rests_on: List[Tuple[int, int]] = []
     for i, seed in enumerate(pool.seeds[best]):
         for fold in np.unique(pool.folds).tolist():
             labels, probabilities = pool.validation.get((best, seed, fold), (np.empty(0), np.empty((0, 2))))
@@ -181,8 +191,12 @@ def _choose(
             mine = pool.folds == fold
             called[i, mine] = call(pool.probabilities[best][i, mine, column], found)
             chosen[seed, fold] = found
+            rests_on.append((int((labels == column).sum()), int((labels != column).sum())))
+    mine, others = map(min, zip(*rests_on, strict=True))
+    said = f'chosen in each run on {mine} or more validation images of {positive} and {others} or more others'
     return {
-        **goal._asdict(), 'positive': positive, 'where': describe_thresholds(list(chosen.values())), 'rests_on': said,
+        **goal._asdict(), 'positive': positive, 'where': describe_thresholds(list(chosen.values())),
+        'rests_on': said + (', which are few' if min(mine, others) < FEWEST else ''),
         'low': float(np.median([t.low for t in chosen.values()])),
         'high': float(np.median([t.high for t in chosen.values()])),
         'metrics': operating_point(pool.labels == column, called, samples, goal.prevalence),

@@ -8,10 +8,11 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
+from ..data.splits import read_split
 from ..errors import TrainingError
 from ..files import replace_file
 from ..metrics import bootstrap, format_metric, write_metrics
-from ..subgroups import subgroup_scores
+from ..subgroups import subgroup_scores, warn_of_few
 from ..thresholds import Goal, describe_point
 from ..training import TrainConfig
 from .page import draw_differences, write_study
@@ -40,7 +41,8 @@ def report_study(
     facts = {run: json.loads((run.folder / 'run.json').read_text(encoding='utf-8')) for run in whole}
     samples = bootstrap(pool.groups, resamples)
     grouped = len(set(pool.groups)) < len(pool.groups)
-    unit = 'patients or groups' if grouped else 'images'
+    with_patients = any(row['patient'] for row in read_split(output / 'split' / 'fold0').rows)
+    unit = 'patients or groups' if with_patients else 'pictures' if grouped else 'images'
     train_size, test_size = (float(np.mean([fact[split] for fact in facts.values()])) for split in ('train', 'test'))
     found = score_pool(pool, names[0], goal, samples, unit, train_size, test_size)
     best, thresholds = found['best'], found['thresholds']
@@ -54,18 +56,17 @@ def report_study(
     missing = [name for name in names if name not in pool.probabilities]
     if missing:
         warnings.append(f'Left out, for no seed has all folds: {", ".join(missing)}.')
-    if not grouped:
-        warnings.append('Each image counts as a patient of its own: where one has several, intervals are too narrow. '
-                        'Give --groups or --group-regex.')
-    warnings += [f'{column} {value}: {part["groups"]} {unit} are few, and its scores tell little.'
-                 for column, values in parts.items() for value, part in values.items() if part['few']]
+    if not with_patients:
+        warnings.append('No patients are known: each picture counts as one. Where a patient has several, they may lie '
+                        'on both sides of a fold, and intervals are too narrow. Give --groups or --group-regex.')
+    warnings += warn_of_few(parts, unit)
     results: Dict[str, Any] = {
         'dataset': {'name': data.resolve().name, 'split': f'out of {folds} folds', 'images': len(pool.labels),
                     'groups': len(set(pool.groups)) if grouped else None},
         'command': 'timm-densese study',
         'interval': f'95% interval, percentiles of {len(samples)} bootstrap samples of {unit}' if len(samples) else '',
-        'conditions': f'Each image was scored by models that never saw its patient or a copy of it. '
-                      f'{_describe_recipe(plan[0].config)}',
+        'conditions': f'Each image was scored by models that never saw {"its patient or " if with_patients else ""}a '
+                      f'copy of it. {_describe_recipe(plan[0].config)}',
         'model': best, 'baseline': names[0], 'primary': PRIMARY, 'classes': pool.classes,
         'folds': folds, 'seeds': sorted({run.seed for run in plan}), 'unit': unit,
         'temperature': None, 'temperature_left_out': 'a study fits none', 'warnings': warnings, 'failed': failed,

@@ -29,7 +29,7 @@ from .pooled import PRIMARY, PROBABILITY
 
 __all__ = ['do_runs', 'in_first_process']
 
-_OF_TORCHRUN = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
+_OF_TORCHRUN = ('RANK', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE')
 
 
 def in_first_process(prepare: Callable[[], None]) -> int:
@@ -46,6 +46,7 @@ def in_first_process(prepare: Callable[[], None]) -> int:
     store, rank, _ = next(rendezvous('env://'))
     for name in _OF_TORCHRUN:
         os.environ.pop(name, None)
+    os.environ['WORLD_SIZE'] = '1'  # without it timm would look for SLURM's
     key = f'study-{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}'
     if rank:
         store.wait([key], timedelta(days=1))
@@ -73,10 +74,10 @@ def do_runs(plan: Sequence[Run], wait: bool) -> None:
             run.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(run.folder / '.study.lock', timeout=0)  # the system frees it when the process dies
             try:
-                lock.acquire()
+                held = lock.acquire()
             except Timeout:
                 continue
-            with lock:
+            with held:
                 if not run.is_done and not run.error:
                     did = True
                     started = time.monotonic()
@@ -147,11 +148,11 @@ def _write_predictions(run: Run) -> None:
                              *map(repr, map(float, p))])
     result['train'] = len([row for row in table.rows if row[table.column] == 'train'])
     replace_file(run.folder / 'predictions.csv', text.getvalue())
-    replace_file(run.folder / 'run.json', json.dumps(result, indent=1) + '\n')
     # The optimizer's state, which only resuming needs, is most of what a run leaves.
     saved = torch.load(best, map_location='cpu', weights_only=False)  # this run wrote it
     saved.pop('optimizer', None)
     torch.save(saved, best.with_name('tmp.pth.tar'))
     os.replace(best.with_name('tmp.pth.tar'), best)
+    replace_file(run.folder / 'run.json', json.dumps(result, indent=1) + '\n')
     for file in (run.folder / 'last.pth.tar', *run.folder.glob('checkpoint-*.pth.tar')):
         file.unlink(missing_ok=True)

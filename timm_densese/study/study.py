@@ -58,7 +58,7 @@ def study(
 
     data, output = Path(data), Path(output)
     device = str((recipe or {}).get('device') or '')
-    if not device and 'LOCAL_RANK' in os.environ and torch.cuda.is_available():
+    if device in ('', 'cuda') and 'LOCAL_RANK' in os.environ and torch.cuda.is_available():
         device = f'cuda:{os.environ["LOCAL_RANK"]}'
     wants_threshold(goal)  # what needs no images is checked before they are split
     configs = configure(models, {**(recipe or {}), 'device': device})
