@@ -288,6 +288,11 @@ def build(kind: str, model: str, execution: str, dtype: str, batch_size: int, si
 
 def cudagraph(run: Run) -> Run:
     """Record a function's kernels once, to replay them without launching each."""
+    return record(run)[0].replay
+
+
+def record(run: Run) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Record a function as a CUDA graph, after three calls; its output is what a replay fills anew."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -296,8 +301,8 @@ def cudagraph(run: Run) -> Run:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        out = run()
+    return graph, out
 
 
 def device() -> torch.device:

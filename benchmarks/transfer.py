@@ -34,9 +34,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 
 from timm_densese import SE_PLACEMENTS
-from timm_densese.checkpoints import find_weights
 from timm_densese.data.images import read_image
 from timm_densese.data.splits import split_images
+from timm_densese.hub import find_weights
 from timm_densese.models.attention import IdentityGate
 
 ROOT = Path(__file__).parent.parent

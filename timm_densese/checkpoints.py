@@ -8,7 +8,6 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Un
 import timm
 import torch
 import torch.nn as nn
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo, resolve_input_data_config
@@ -30,30 +29,11 @@ from .options import ModelName, check, option_errors
 from .recipes import read_preprocessing, read_recipe, recorded_args
 
 __all__ = [
-    'Checkpoint', 'Model', 'choose_device', 'find_weights', 'load_model', 'short_name', 'split_source',
+    'Checkpoint', 'Model', 'choose_device', 'load_model', 'short_name', 'split_source',
 ]
 
 # Where loops put a state dict: timm's, torchvision's and others'; averaged weights first, which both loops validate.
 _STATE_DICTS = ('state_dict_ema', 'model_ema', 'state_dict', 'model', 'model_state_dict')
-
-
-def find_weights(repo_id: str) -> bool:
-    """Tell whether a repository's weights can be had, from the cache or the Hub, and print why if not.
-
-    One request with a short timeout: a download without a network retries for 45 seconds before it gives up.
-
-    Args:
-        repo_id: Repository with a `model.safetensors`, `timm/densenet121.ra_in1k` for example.
-    """
-    file = (repo_id, 'model.safetensors')
-    if isinstance(try_to_load_from_cache(*file), str):
-        return True
-    try:
-        get_hf_file_metadata(hf_hub_url(*file), timeout=10)
-    except Exception as e:  # no network, no DNS, a proxy's page, no such repository: whoever asks goes on without
-        print(f'The Hugging Face Hub could not be reached for {repo_id} ({type(e).__name__}: {e}).')
-        return False
-    return True
 
 
 def choose_device(device: str) -> torch.device:

@@ -1,6 +1,5 @@
 """Command line: argument parsing only, every command is one call into another module."""
 import argparse
-import ast
 import io
 import os
 import sys
@@ -28,19 +27,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _KeywordArguments(argparse.Action):
-    """NAME=VALUE ..., a value being Python's, or text; as timm's ParseKwargs, which raises on what is neither."""
+    """NAME=VALUE ..., as timm's ParseKwargs, which raises on a value that is neither Python's nor text."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Optional[str] = None) -> None:
-        given = {}
-        for value in values:
-            name, equals, text = value.partition('=')
-            if not (name.isidentifier() and equals):
-                raise argparse.ArgumentError(self, f'{value!r} is not NAME=VALUE')
-            try:
-                given[name] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                given[name] = text
-        setattr(namespace, self.dest, given)
+        try:
+            setattr(namespace, self.dest, dict(map(options.parse_argument, values)))
+        except argparse.ArgumentTypeError as e:
+            raise argparse.ArgumentError(self, str(e)) from e
 
 
 def main(argv: Optional[List[str]] = None) -> int:

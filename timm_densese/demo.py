@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from timm.data import resolve_data_config
 
-from .checkpoints import find_weights
 from .data.splits import split_images
 from .errors import OptionError
 from .files import check_writable
+from .hub import find_weights
 from .predict import predict
 from .training import TrainConfig, train
 

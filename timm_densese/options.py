@@ -1,12 +1,13 @@
 """What options accept, declared once: the command line, YAML files and Python calls are checked by the same objects."""
 import argparse
+import ast
 import difflib
 import importlib
 import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import timm
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     'close_matches',
     'first_line',
     'option_errors',
+    'parse_argument',
 ]
 
 
@@ -220,6 +222,25 @@ class Augmentation:
                 f'{value!r} is no automatic augmentation; give rand-m9-mstd0.5 or the like, augmix-m3, original, '
                 f'originalr, v0, v0r or 3a') from e
         return value
+
+
+def parse_argument(text: str) -> Tuple[str, Any]:
+    """Read NAME=VALUE, a value being Python's, or text.
+
+    Raises:
+        ArgumentTypeError: It is not that.
+
+    Example:
+        >>> parse_argument('block_config=(2,3)'), parse_argument('se_placement=stage')
+        (('block_config', (2, 3)), ('se_placement', 'stage'))
+    """
+    name, equals, value = text.partition('=')
+    if not (name.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f'{text!r} is not NAME=VALUE')
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def check(option: str, kind: Callable[[Any], Any], value: Any) -> Any:

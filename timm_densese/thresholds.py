@@ -14,8 +14,7 @@ __all__ = [
 ]
 
 NOT_SURE = 'not sure'
-
-FEWEST = 20
+FEWEST = 20  # positive images, or others, under which a threshold rests on few
 
 
 class Goal(NamedTuple):

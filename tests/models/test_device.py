@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from common import record  # benchmarks/common.py
 from conftest import relative_error
 from nets import CHANNELS_LAST, assert_same_step, create, images, pair, step, trained
 from timm.models import reparameterize_model
@@ -117,19 +118,6 @@ def test_cuda_graph_of_training():
     run()
     for grad, param in zip(grads, linear.parameters(), strict=True):
         assert relative_error(grad, param.grad) < 1e-4
-
-
-def record(run):
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    return graph, out
 
 
 @needs_cuda

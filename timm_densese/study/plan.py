@@ -1,5 +1,5 @@
 """What a study is to do: its models, its runs, and the settings that it goes on with."""
-import ast
+import argparse
 import hashlib
 import io
 import itertools
@@ -17,7 +17,7 @@ from ..data.splits import read_split, split_images
 from ..data.tables import read_table
 from ..errors import OptionError
 from ..files import check_new_folder, check_writable, printable, replace_file, sha256
-from ..options import option_errors
+from ..options import parse_argument
 from ..subgroups import read_subgroups
 from ..thresholds import Goal, check_goal
 from ..training import TrainConfig, train
@@ -71,15 +71,10 @@ def parse_model(text: str) -> Tuple[str, str, Dict[str, Any]]:
         name, *arguments = shlex.split(text)
     except ValueError as e:
         raise OptionError(f'--models {text!r}: give a name, and arguments as NAME=VALUE after it ({e}).') from e
-    given: Dict[str, Any] = {}
-    for argument in arguments:
-        key, equals, value = argument.partition('=')
-        if not (key.isidentifier() and equals):
-            raise OptionError(f'--models {text!r}: {argument!r} is not NAME=VALUE. Put quotes around each model.')
-        try:
-            given[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            given[key] = value
+    try:
+        given = dict(map(parse_argument, arguments))
+    except argparse.ArgumentTypeError as e:
+        raise OptionError(f'--models {text!r}: {e}. Put quotes around each model.') from e
     return ' '.join([name, *arguments]), name, given
 
 
@@ -94,8 +89,7 @@ def configure(models: Sequence[str], recipe: Dict[str, Any]) -> Dict[str, TrainC
         spelled, name, arguments = parse_model(text)
         if spelled in configs:
             raise OptionError(f'--models names {spelled!r} twice.')
-        configs[spelled] = TrainConfig(**{
-            **recipe, 'model': name, 'model_kwargs': arguments})
+        configs[spelled] = TrainConfig(**{**recipe, 'model': name, 'model_kwargs': arguments})
     if not configs:
         raise OptionError('--models names no model.')
     return configs
@@ -128,8 +122,7 @@ def prepare(
     """Check everything, split once, and try out each model; say how much there is to do."""
     _check_settings(data, output, next(iter(configs.values())), folds, split)
     if subgroups:
-        with option_errors(f'--subgroups {subgroups}'):
-            read_table(subgroups)
+        read_table(subgroups)  # what cannot be read is told before the split
     if not (output / 'split').is_dir():
         split_images(src=data, output=output / 'split', folds=folds, **split)
     rows = [row for row in read_split(output / 'split' / 'fold0').rows if not row['error']]
