@@ -4,6 +4,7 @@ Papers:
     * `Inference for the Generalization Error` - https://doi.org/10.1023/A:1024068626366
     * `A Simple Sequentially Rejective Multiple Test Procedure` - https://www.jstor.org/stable/4615733
 """
+from functools import lru_cache
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -143,12 +144,18 @@ def power(difference: float, error: float, df: int, level: float = LEVEL) -> flo
         df: Degrees of freedom.
         level: Level of the test.
     """
+    from scipy import special, stats
+
+    bound, shift = stats.t.isf(level / 2, df) * _taken_errors(df), abs(difference) / error
+    return float(np.mean(special.ndtr(shift - bound) + special.ndtr(-bound - shift)))
+
+
+@lru_cache(maxsize=64)
+def _taken_errors(df: int) -> np.ndarray:
+    """What the runs may take an error of 1 for, as often; scipy's noncentral t is not a number for some shifts."""
     from scipy import stats
 
-    # Averaged over what the runs may take the error for; scipy's noncentral t is not a number for some shifts.
-    taken = np.sqrt(stats.chi2.ppf((np.arange(4000) + .5) / 4000, df) / df)
-    bound, shift = stats.t.isf(level / 2, df) * taken, abs(difference) / error
-    return float(np.mean(stats.norm.sf(bound - shift) + stats.norm.cdf(-bound - shift)))
+    return np.sqrt(stats.chi2.ppf((np.arange(4000) + .5) / 4000, df) / df)
 
 
 def detectable_difference(error: float, df: int, level: float = LEVEL) -> float:
