@@ -133,6 +133,7 @@ def _processes() -> Any:
 def _peak_alone(sender: Any, args: tuple[Any, ...], threads: int, limit: float) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what fails here is the answer
     torch.set_num_threads(threads)
+    gc.freeze()  # what was imported is in use for good: collecting it again takes longer than a small model
     kind, dtype, folder = args[0], args[3], args[6]
     try:
         with suppress(Exception):  # libraries and kernels, which are no model's memory

@@ -69,10 +69,11 @@ class Steps:
         print(f'    {record["seconds"]} s', record.get('error', record.get('left_out', '')), flush=True)
 
 
-def run_tests() -> str:
+def run_tests(*options: str) -> str:
     """Run the tests that are for a device, and give pytest's last line."""
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/models/test_device.py'], cwd=ROOT,
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/models/test_device.py', *options],
+        cwd=ROOT,
         env={**os.environ, 'DEVICE': device().type}, capture_output=True, text=True)
     last = result.stdout.strip().splitlines()[-1]
     if result.returncode:
@@ -94,9 +95,10 @@ def measure_bytes(size: int, batch_size: int) -> dict[str, dict[str, float | Non
     return found
 
 
-def measure_largest(bench: Bench, kind: str, models: tuple[str, ...], guess: int, limit: float | None) -> None:
+def measure_largest(bench: Bench, kind: str, models: tuple[str, ...], guess: int, limit: float | None,
+                    part: int) -> None:
     for model in models:
-        size = largest_batch(kind, model, 'bfloat16', bench.size, guess, limit)
+        size = largest_batch(kind, model, 'bfloat16', bench.size, guess, limit, part)
         if not size:
             raise RuntimeError(f'one image of {model} does not fit')
         with tempfile.TemporaryDirectory() as folder:
@@ -121,15 +123,15 @@ def main() -> None:
     name = re.sub(r'\W+', '-', machine()['device']).strip('-').lower()
     out = args.out or RESULTS / f'gpu-{name}{"-dry-run" if dry else ""}'
     out.mkdir(parents=True, exist_ok=True)
-    size, batches = (64, (1, 2)) if dry else (224, (1, 64))
-    limit, guess = (.03, 64) if dry else (None, 256)
+    size, batches = (32, (1, 2)) if dry else (224, (1, 64))
+    limit, guess, part = (.02, 128, 2) if dry else (None, 256, 16)
     if dry:
         os.environ['TINY_NETS'] = '1'
     steps, bench = Steps(out, args.minutes), Bench(out, size, .02 if dry else 2, 3 if dry else 10)
 
     def throughput(kind: str, execution: str, models: tuple[str, ...]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            for batch_size in batches[-1:] if dry and execution != 'eager' else batches:
+            for batch_size in batches[-1:] if dry and (kind, execution) != ('infer', 'eager') else batches:
                 bench.group(kind, execution, 'bfloat16', dict.fromkeys(models, batch_size), Path(folder))
         failed = [f'{row["model"]}, batch {row["batch"]}: {row["error"]}' for row in read(out)
                   if row['kind'] == kind and row['execution'] == execution and 'error' in row]
@@ -150,17 +152,20 @@ def main() -> None:
 
     infer = tuple(model for model in OURS if not model.endswith(('memory', 'checkpointing')))
     train = tuple(model for model in OURS if not model.endswith('fused'))
+    compiled = train[:2] if dry else train
     try:
-        steps.run('tests', run_tests)
+        steps.run('tests', lambda: run_tests(*(['-k', 'fused'] if dry else [])))
         steps.run('bytes', lambda: measure_bytes(size, batches[-1]))
         steps.run('inference, eager', lambda: throughput('infer', 'eager', INFER))
         steps.run('training, eager', lambda: throughput('train', 'eager', TRAIN))
         steps.run('cost of SE', lambda: cost_of_se(out))
         steps.run('roofline', roof)
-        steps.run('largest batch, training', lambda: measure_largest(bench, 'train', train, guess, limit))
-        steps.run('largest batch, inference', lambda: measure_largest(bench, 'infer', infer, guess, limit))
+        steps.run('largest batch, training', lambda: measure_largest(
+            bench, 'train', train, guess, limit, part))
+        steps.run('largest batch, inference', lambda: measure_largest(
+            bench, 'infer', infer, guess, limit, part))
         steps.run('inference, compile', lambda: throughput('infer', 'compile', infer))
-        steps.run('training, compile', lambda: throughput('train', 'compile', train))
+        steps.run('training, compile', lambda: throughput('train', 'compile', compiled))
         steps.run('inference, max-autotune', lambda: throughput('infer', 'max-autotune', infer))
     except KeyboardInterrupt:
         sys.exit(f'Stopped. What was measured is in {out}.')

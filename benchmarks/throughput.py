@@ -74,11 +74,12 @@ def stats(model: str, size: int) -> dict[str, float]:
             'macts': round(found['activations'], 2)}
 
 
-def largest_batch(kind: str, model: str, dtype: str, size: int, guess: int, limit: float | None) -> int:
-    """Bisect the largest batch size that fits into memory, to a sixteenth; 0 where one image does not."""
+def largest_batch(kind: str, model: str, dtype: str, size: int, guess: int, limit: float | None,
+                  part: int = 16) -> int:
+    """Bisect the largest batch size that fits into memory, to a part of it; 0 where one image does not."""
     fits, fails = 0, None
     with tqdm(desc=f'largest batch of {model}', unit='try', leave=False) as progress:
-        while fails is None or fails - fits > max(1, fits // 16):
+        while fails is None or fails - fits > max(1, fits // part):
             batch_size = (fits + fails) // 2 if fails else 2 * fits or guess
             progress.set_postfix(batch_size=batch_size)
             try:
@@ -210,7 +211,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.executions, args.dtypes, args.batch_sizes = ('eager', known['infer'][-2]), ['float32'], [1, 4]
-        args.img_size, args.memory_limit, args.seconds = 64, .15, .3
+        args.img_size, args.memory_limit, args.seconds = 64, args.memory_limit or .15, .3
     if device().type == 'cpu':
         torch.set_num_threads(min(os.cpu_count() or 1, torch.get_num_threads()))
     elif args.memory_limit:

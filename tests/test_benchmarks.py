@@ -20,6 +20,7 @@ from PIL import Image
 from timm_densese.demo import generate_images
 
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
+TINY = {**os.environ, 'DEVICE': 'cpu', 'TINY_NETS': '1'}
 
 
 def test_the_readme_quotes_transfer():
@@ -70,8 +71,9 @@ def test_transfer_runs_and_goes_on(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_quick_throughput(tmp_path):
-    result = subprocess.run([sys.executable, BENCHMARKS / 'throughput.py', '--quick', '--out', tmp_path],
-                            capture_output=True, text=True, timeout=1500)
+    result = subprocess.run(
+        [sys.executable, BENCHMARKS / 'throughput.py', '--quick', '--memory-limit', '.03', '--out', tmp_path],
+        capture_output=True, text=True, timeout=1500, env=TINY)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]
     assert {row['execution'] for row in rows} >= {'eager'}
@@ -126,8 +128,8 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path):
     process = subprocess.Popen(
         [sys.executable, BENCHMARKS / 'throughput.py', '--executions', 'eager', '--dtypes', 'float32', '--kinds',
          'infer', '--img-size', '64', '--seconds', '.1', '--batch-sizes',
-         *['1', '2', '4', '8', '16', '32'], '--out', tmp_path],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+         *['1', '2', '4', '8', '16', '32'], '--no-largest', '--out', tmp_path],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=TINY)
     deadline = time.monotonic() + 120
     while not (tmp_path / 'rows.jsonl').exists():
         assert process.poll() is None, process.stderr.read()[-2000:]
@@ -172,7 +174,7 @@ def test_the_quoted_table(tmp_path):
 @pytest.mark.timeout(1800)
 def test_gpu_dry_run(tmp_path):
     result = subprocess.run([sys.executable, BENCHMARKS / 'gpu.py', '--dry-run', '--out', tmp_path],
-                            capture_output=True, text=True, timeout=1500, env={**os.environ, 'DEVICE': 'cpu'})
+                            capture_output=True, text=True, timeout=1500, env=TINY)
     record = json.loads((tmp_path / 'gpu.json').read_text())
     assert result.returncode == 0, record['steps']
     assert all('error' not in step and 'left_out' not in step for step in record['steps'].values())
