@@ -8,9 +8,9 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -30,6 +30,7 @@ os.environ['HF_HUB_DISABLE_XET'] = '1'  # the test Hub speaks LFS
 # What a shell starts in the background ignores Ctrl-C, and so does all that it starts: the tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import forked  # noqa: E402
 import pytest  # noqa: E402
 import safetensors.torch  # noqa: E402
 import timm  # noqa: E402
@@ -94,25 +95,62 @@ def run_cli(*args) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
-def _run_alone(args, env, stdout, stderr) -> None:
-    for name, file, descriptor in (('stdout', stdout, 1), ('stderr', stderr, 2)):
-        if file:
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
-            setattr(sys, name, open(descriptor, 'w', closefd=False))  # noqa: SIM115  as Python does at its start
-    os.environ.update(env)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server's processes ignore
-    multiprocessing.set_start_method('fork', force=True)  # as in a process that a shell starts
-    torch.set_num_threads(1)
-    sys.exit(main(args))
-
-
-def start_cli(*args, stdout='', stderr=os.devnull, **env) -> multiprocessing.Process:
-    """Start a command in a process that can be killed. It is forked from one that has imported everything."""
+def start_alone(function, *args, stdout='', stderr=os.devnull, **env) -> multiprocessing.Process:
+    """Start a function of forked.py in a process of its own, with more in its environment."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['timm_densese.training', 'timm_densese.cli', 'torch.utils.tensorboard'])
-    process = context.Process(target=_run_alone, args=([str(arg) for arg in args], env, str(stdout), str(stderr)))
+    process = context.Process(
+        target=forked.run, args=(function, [str(arg) for arg in args], env, str(stdout), str(stderr)))
     process.start()
     return process
+
+
+def start_cli(*args, **kwargs) -> multiprocessing.Process:
+    """Start a command in a process that can be killed."""
+    return start_alone(forked.command, *args, **kwargs)
+
+
+def finish(process: multiprocessing.Process, stdout: Path, stderr: Path) -> subprocess.CompletedProcess:
+    process.join(120)
+    return subprocess.CompletedProcess(stdout, process.exitcode, stdout.read_text(), stderr.read_text())
+
+
+@pytest.fixture
+def run_alone(tmp_path_factory):
+    """Run a command, or a function of forked.py, in a process of its own, to its end."""
+    def run(*args, function=forked.command, **env) -> subprocess.CompletedProcess:
+        folder = tmp_path_factory.mktemp('said')
+        stdout, stderr = folder / 'stdout', folder / 'stderr'
+        return finish(start_alone(function, *args, stdout=stdout, stderr=stderr, **env), stdout, stderr)
+
+    return run
+
+
+def two_processes(*args, function=forked.command) -> None:
+    """Run a command in two processes that know of each other, as torchrun starts them."""
+    store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)  # outlives them
+    env = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(store.port),
+               TORCHELASTIC_USE_AGENT_STORE='True')
+    processes = [start_alone(function, *args, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(2)]
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+
+
+def wait_for_checkpoints(process: multiprocessing.Process, folder: Path, changes: int = 1) -> None:
+    """Wait until files named last.pth.tar in a folder or below it have been written so many times more."""
+    def look() -> dict[Path, int]:
+        return {file: file.stat().st_ino for file in folder.rglob('last.pth.tar')}
+
+    seen, deadline = look(), time.monotonic() + 120
+    while changes > 0:
+        assert process.exitcode is None, 'it was done before'
+        assert time.monotonic() < deadline, 'no checkpoint came'
+        time.sleep(.005)
+        with suppress(FileNotFoundError):
+            now = look()
+            changes -= now != seen
+            seen = now
 
 
 @pytest.fixture

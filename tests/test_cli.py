@@ -65,8 +65,12 @@ def test_command_and_module_are_the_same():
 
 
 @pytest.mark.slow
-def test_demo_on_generated_images_without_a_hub(tmp_path):
-    result = run('demo', '--output', tmp_path / 'out', HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=str(tmp_path))
+def test_demo_on_generated_images_without_a_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr('timm_densese.demo.IMG_SIZE', 48)
+    monkeypatch.setattr('huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE',
+                        'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}')
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))
+    result = run_cli('demo', '--output', tmp_path / 'out')
     assert result.returncode == 0, result.stderr
     for said in ('GENERATED', 'could not be reached', 'RANDOM weights', 'before,', 'from random weights', 'Reloaded'):
         assert said in result.stdout

@@ -1,14 +1,12 @@
 """Predictions as a user asks for them, and image files as users have them."""
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_cli
 from PIL import Image
 
 from timm_densese.checkpoints import load_model
@@ -69,9 +67,7 @@ def test_what_cannot_be_read_stops_nothing(trained, tmp_path):
     for name in ('a.png', 'c.png'):
         shutil.copy(image, tmp_path / name)
     (tmp_path / 'b.png').write_bytes(image.read_bytes()[:200])
-    result = subprocess.run(
-        [sys.executable, '-m', 'timm_densese', 'predict', str(trained[1]), str(tmp_path), '--json'],
-        capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    result = run_cli('predict', trained[1], tmp_path, '--json')
     assert result.returncode == 1
     found = json.loads(result.stdout)
     assert [row['file'] for row in found['predictions']] == [str(tmp_path / 'a.png'), str(tmp_path / 'c.png')]

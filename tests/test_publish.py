@@ -2,17 +2,15 @@
 import argparse
 import itertools
 import json
-import os
-import subprocess
-import sys
 
+import forked
 import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
 import torch
 import yaml
-from conftest import MSLD, SMALL, needs_msld, put_on_hub
+from conftest import MSLD, SMALL, finish, needs_msld, put_on_hub, start_alone
 from hub_server import Fault, HubServer
 from PIL import Image
 
@@ -378,57 +376,51 @@ def test_damaged_files_are_named(owner, tmp_path, no_waiting, cold_cache):
             timm.create_model(f'hf-hub:owner/{name}', pretrained=True, cache_dir=cold_cache)
 
 
-CODE = """
-import sys, timm, timm_densese
-for name in sys.argv[1:]:
-    try:
-        timm.create_model(name, pretrained=True)
-        print('loaded')
-    except OSError as e:
-        print('failed:', e)
-"""
+@pytest.fixture
+def load_alone(tmp_path_factory, hub):
+    """Start loading models in a process of its own; a call of what is returned gives its exit status and output."""
+    def start(home, *models, **env):
+        folder = tmp_path_factory.mktemp('said')
+        stdout, stderr = folder / 'stdout', folder / 'stderr'
+        process = start_alone(forked.load_models, *models, stdout=stdout, stderr=stderr, HF_HOME=str(home),
+                              HF_ENDPOINT=hub.endpoint, **env)
+        return lambda: finish(process, stdout, stderr)
 
-
-def run_alone(home, hub, *models, **env):
-    return subprocess.Popen(
-        [sys.executable, '-c', CODE, *models], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, 'HF_HOME': str(home), 'HF_ENDPOINT': hub.endpoint, **env})
+    return start
 
 
 @pytest.mark.slow
-def test_offline_with_a_warm_and_a_cold_cache(owner, tmp_path):
+def test_offline_with_a_warm_and_a_cold_cache(owner, tmp_path, load_alone):
     checkpoint, _ = save_run(tmp_path / 'run')
     publish(checkpoint, 'owner/offline')
     put_on_hub(owner, 'timm/densenet121.ra_in1k', timm.create_model('densenet121'))
+    asked = len(owner.requests)
     for offline, home, said in (('0', 'warm', 'loaded'), ('1', 'warm', 'loaded'), ('1', 'cold', 'failed:')):
-        process = run_alone(tmp_path / home, owner, 'hf-hub:owner/offline', 'se_densenet121', HF_HUB_OFFLINE=offline)
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, out.count(said)) == (0, 2), out + err
-    assert 'HF_HUB_OFFLINE is set and the cache does not have it: run once with HF_HUB_OFFLINE=0' in out
-
+        done = load_alone(tmp_path / home, 'hf-hub:owner/offline', 'se_densenet121', HF_HUB_OFFLINE=offline)()
+        assert (done.returncode, done.stdout.count(said)) == (0, 2), done.stdout + done.stderr
+    assert 'HF_HUB_OFFLINE is set and the cache does not have it: run once with HF_HUB_OFFLINE=0' in done.stdout
+    assert sum('GET /cdn/timm/densenet121.ra_in1k/' in request for request in owner.requests[asked:]) == 1
 
 
 @pytest.mark.slow
-def test_stalled_download_is_resumed(owner, tmp_path):
+def test_stalled_download_is_resumed(owner, tmp_path, load_alone):
     checkpoint, _ = save_run(tmp_path / 'run')
     publish(checkpoint, 'owner/stalled')
     owner.faults = [Fault('^GET /cdn/owner/stalled', drop_after=20_000, delay=5)]
-    process = run_alone(tmp_path / 'home', owner, 'hf-hub:owner/stalled', HF_HUB_DOWNLOAD_TIMEOUT='1')
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (0, 'loaded\n'), err
-    assert 'Trying to resume download' in err
+    done = load_alone(tmp_path / 'home', 'hf-hub:owner/stalled', HF_HUB_DOWNLOAD_TIMEOUT='1')()
+    assert (done.returncode, done.stdout) == (0, 'loaded\n'), done.stderr
+    assert 'Trying to resume download' in done.stderr
 
 
 @pytest.mark.slow
-def test_two_processes_downloading_at_once(owner, tmp_path):
+def test_two_processes_downloading_at_once(owner, tmp_path, load_alone):
     checkpoint, _ = save_run(tmp_path / 'run', timm.create_model('se_densenet121', num_classes=3),
                              args={'model_kwargs': {}})
     publish(checkpoint, 'owner/shared')
     owner.faults = [Fault('^GET /cdn/owner/shared', delay=2)]  # long enough for the second to arrive
-    processes = [run_alone(tmp_path / 'home', owner, 'hf-hub:owner/shared') for _ in range(2)]
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, out) == (0, 'loaded\n'), err
+    for finished in [load_alone(tmp_path / 'home', 'hf-hub:owner/shared') for _ in range(2)]:
+        done = finished()
+        assert (done.returncode, done.stdout) == (0, 'loaded\n'), done.stderr
     assert sum(r.startswith('GET /cdn/owner/shared') for r in owner.requests) == 1
 
 
@@ -436,7 +428,7 @@ def test_two_processes_downloading_at_once(owner, tmp_path):
 
 
 @pytest.mark.slow
-def test_token_appears_nowhere(tmp_path, hub):
+def test_token_appears_nowhere(tmp_path, hub, run_alone):
     """Publish in a process of its own, well and badly; look at all that it printed, sent and wrote."""
     token = 'hf_abcdefghijklmnopqrstuvwxyz'
     hub.tokens[token] = 'owner'
@@ -445,9 +437,7 @@ def test_token_appears_nowhere(tmp_path, hub):
     for repo, faults in (('owner/quiet', []), ('someone/quiet', []),
                          ('owner/quiet2', [Fault('^POST /api/models/owner/quiet2/commit', status=500)])):
         hub.faults = faults
-        result = subprocess.run(
-            [sys.executable, '-m', 'timm_densese', 'publish', str(checkpoint), repo], capture_output=True, text=True,
-            timeout=120, env={**os.environ, 'HF_TOKEN': token, 'HF_HOME': str(tmp_path), 'HF_HUB_VERBOSITY': 'info'})
+        result = run_alone('publish', checkpoint, repo, HF_TOKEN=token, HF_HOME=str(tmp_path), HF_HUB_VERBOSITY='info')
         said += result.stdout + result.stderr
         assert (result.returncode == 0) == (repo == 'owner/quiet'), result.stderr
         assert 'Traceback' not in result.stderr

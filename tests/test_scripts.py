@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
+from conftest import run_cli
 
 # Stands in for a script of timm's: same way of starting, prints what it found.
 SCRIPT = """
@@ -42,13 +43,12 @@ def make_checkout(folder, version):
 @pytest.mark.slow
 def test_the_installed_timm_serves_a_script_in_a_checkout(tmp_path):
     checkout = make_checkout(tmp_path / 'checkout', timm.__version__)
-    for cwd in (tmp_path, checkout):
-        result = run('--timm-scripts', checkout, 'train.py', '--model', 'se_densenet121', '-b', '4', cwd=cwd)
-        assert result.returncode == 0, result.stderr
-        assert f'timm: {timm.__file__}' in result.stdout
-        assert 'registered: True' in result.stdout
-        assert "args: ['--model', 'se_densenet121', '-b', '4']" in result.stdout
-        assert result.stderr == ''
+    result = run('--timm-scripts', checkout, 'train.py', '--model', 'se_densenet121', '-b', '4', cwd=checkout)
+    assert result.returncode == 0, result.stderr
+    assert f'timm: {timm.__file__}' in result.stdout
+    assert 'registered: True' in result.stdout
+    assert "args: ['--model', 'se_densenet121', '-b', '4']" in result.stdout
+    assert result.stderr == ''
 
 
 def test_a_checkouts_timm_is_refused_where_python_finds_it_first(tmp_path):
@@ -62,27 +62,28 @@ def test_a_checkouts_timm_is_refused_where_python_finds_it_first(tmp_path):
     assert 'registered' not in result.stdout
 
 
-def test_another_version_is_a_warning(tmp_path):
+def test_another_version_is_a_warning(tmp_path, run_alone):
     checkout = make_checkout(tmp_path / 'checkout', '0.9.0')
-    result = run('train.py', TIMM_SCRIPTS=str(checkout))
+    result = run_alone('run', 'train.py', TIMM_SCRIPTS=str(checkout))
     assert result.returncode == 0
     assert f'timm 0.9.0; the installed timm is {timm.__version__}' in result.stderr
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_what_is_missing_is_said(tmp_path, monkeypatch):
     (tmp_path / 'validate.py').write_text(SCRIPT)
+    monkeypatch.setenv('TIMM_SCRIPTS', '')
     for args, said in ((('--timm-scripts', tmp_path, 'train.py'), 'holds validate.py'),
                        (('train.py',), 'which its package does not bring')):
-        result = run(*args, TIMM_SCRIPTS='')
+        result = run_cli('run', *args)
         assert result.returncode == 1
         assert said in result.stderr
         assert f'git clone --depth 1 --branch v{timm.__version__} ' in result.stderr
         assert 'Traceback' not in result.stderr
 
 
-def test_a_scripts_own_errors_are_shown_whole(tmp_path):
+def test_a_scripts_own_errors_are_shown_whole(tmp_path, run_alone):
     Path(tmp_path / 'train.py').write_text('raise ValueError("of the script")')
-    result = run('--timm-scripts', tmp_path, 'train.py')
+    result = run_alone('run', '--timm-scripts', tmp_path, 'train.py')
     assert result.returncode == 1
     assert 'Traceback' in result.stderr
     assert 'ValueError: of the script' in result.stderr

@@ -108,12 +108,10 @@ def test_the_page_predicts_and_refuses(browser, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken(trained):
+def test_a_port_that_is_taken(trained, run_alone):
     """By another page, which works behind a proxy; --host is warned of."""
     with serving(trained[1], port=7898, HTTP_PROXY='http://127.0.0.1:9', http_proxy='http://127.0.0.1:9'):
-        result = subprocess.run([sys.executable, '-m', 'timm_densese', 'serve', str(trained[1]), '--port', '7898',
-                                 '--host', '0.0.0.0'],
-                                capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        result = run_alone('serve', trained[1], '--port', 7898, '--host', '0.0.0.0')
     assert result.returncode == 1
     assert 'Choose another --port' in result.stderr
     assert 'WARNING: --host 0.0.0.0 opens the page to everybody' in result.stderr

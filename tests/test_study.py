@@ -5,15 +5,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import PageReader, run_cli, start_cli
+from conftest import PageReader, run_cli, start_cli, two_processes, wait_for_checkpoints
 from sklearn import metrics as sk
 
 from timm_densese.data.splits import read_split
@@ -26,8 +24,9 @@ from timm_densese.training import TrainConfig
 ROOT = Path(__file__).parents[1]
 KWARGS = "growth_rate=4 block_config=(2,3,2)"
 MODELS = [f'densenet121 {KWARGS}', f'se_densenet121 {KWARGS}']
-OPTIONS = ('--folds', 2, '--img-size', 32, '--epochs', 2, '--batch-size', 8, '--workers', 0, '--lr', .01,
+OPTIONS = ('--folds', 2, '--img-size', 32, '--epochs', 3, '--batch-size', 8, '--workers', 0, '--lr', .01,
            '--no-model-ema')
+GOAL = ('--sensitivity', .9, '--prevalence', .05, '--positive', 'spots')
 
 
 @pytest.fixture(scope='module')
@@ -49,8 +48,7 @@ def images(tmp_path_factory):
 def whole(images):
     """A study of two models that nothing disturbed."""
     output = images / 'whole'
-    done = run_cli(*command(images, output), '--sensitivity', .9, '--prevalence', .05, '--positive', 'spots',
-                   '--subgroups', images / 'patients.csv')
+    done = run_cli(*command(images, output, *GOAL, '--subgroups', images / 'patients.csv'))
     assert done.returncode == 0, done.stderr
     return output, done.stdout
 
@@ -142,33 +140,28 @@ def test_publish_takes_its_scores_with_a_checkpoint_of_its_best_model(whole, tmp
 
 
 @pytest.mark.slow
-def test_killed_at_three_random_moments_and_resumed_equals_an_uninterrupted_one(images, tmp_path):
-    for name in ('whole', 'killed'):
-        args = command(images, tmp_path / name, '--epochs', 40)
-        rng = random.Random(0)
-        moments = iter([rng.uniform(1, 3) for _ in range(3)] if name == 'killed' else [])
-        while True:
-            process = start_cli(*args, stderr=tmp_path / 'stderr.txt')
-            moment = next(moments, None)
-            process.join(moment)
-            if moment is None:
-                break
-            assert process.exitcode is None, 'it was done before it could be killed'
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-        assert process.exitcode == 0, (tmp_path / 'stderr.txt').read_text()
-    assert_same_study(tmp_path / 'whole', tmp_path / 'killed')
+def test_killed_at_three_random_moments_and_resumed_equals_an_uninterrupted_one(images, whole, tmp_path):
+    args = command(images, tmp_path / 'killed', *GOAL, '--subgroups', images / 'patients.csv')
+    rng = random.Random(0)
+    for _ in range(3):  # of 4 runs with 3 epochs each
+        process = start_cli(*args)
+        wait_for_checkpoints(process, tmp_path / 'killed', rng.randint(1, 3))
+        time.sleep(rng.uniform(0, .1))
+        assert process.exitcode is None, 'it was done before it could be killed'
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    process = start_cli(*args, stderr=tmp_path / 'stderr.txt')
+    process.join()
+    assert process.exitcode == 0, (tmp_path / 'stderr.txt').read_text()
+    assert_same_study(whole[0], tmp_path / 'killed')
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(images, whole, tmp_path):
-    args = map(str, command(images, tmp_path / 'two', '--sensitivity', .9, '--prevalence', .05, '--positive', 'spots',
-                            '--subgroups', images / 'patients.csv'))
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'timm_densese',
-         *args], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('runs: 2 models') == 1
+def test_two_processes_equal_one(images, whole, tmp_path, capfd):
+    capfd.readouterr()  # what was said before
+    two_processes(*command(images, tmp_path / 'two', *GOAL, '--subgroups', images / 'patients.csv'))
+    said = capfd.readouterr().out
+    assert said.count('runs: 2 models') == 1
     assert_same_study(whole[0], tmp_path / 'two')
 
 
@@ -212,12 +205,12 @@ def broken_net(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=Non
 """
 
 
-def test_a_run_that_fails_is_named_and_the_others_stand(images, tmp_path):
+def test_a_run_that_fails_is_named_and_the_others_stand(images, tmp_path, monkeypatch):
     (tmp_path / 'broken_net.py').write_text(BROKEN_NET)
-    done = subprocess.run(
-        [sys.executable, '-m', 'timm_densese', 'study', images / 'images', '--models', MODELS[0], 'broken_net',
-         *map(str, OPTIONS), '--device-modules', 'broken_net', '--output', tmp_path / 'out'],
-        capture_output=True, text=True, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'path', [path for path in sys.path if path])
+    done = run_cli('study', images / 'images', '--models', MODELS[0], 'broken_net', *OPTIONS, '--device-modules',
+                   'broken_net', '--output', tmp_path / 'out')
     assert done.returncode == 1, done.stderr
     assert 'failed: broken_net, fold 0, seed 42: RuntimeError: broken on purpose' in done.stderr
     results = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
@@ -299,9 +292,7 @@ def test_output_of_something_else_is_refused(images, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(images, tmp_path):
     process = start_cli(*command(images, tmp_path / 'out', '--epochs', 500), stderr=tmp_path / 'stderr.txt')
-    deadline = time.time() + 120
-    while not list((tmp_path / 'out').glob('runs/*/*/last.pth.tar')) and time.time() < deadline:
-        time.sleep(.05)
+    wait_for_checkpoints(process, tmp_path / 'out')
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 130

@@ -1,12 +1,11 @@
 """One reading of a folder, and of every file that looks like an image."""
 import os
 import struct
-import subprocess
-import sys
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -207,19 +206,11 @@ def bombs(root):
     (root / 'screen.gif').write_bytes(gif)
 
 
-def test_small_files_take_no_gigabytes(tmp_path):
+def test_small_files_take_no_gigabytes(tmp_path, run_alone):
     bombs(tmp_path)
     assert max(file.stat().st_size for file in tmp_path.iterdir()) < 1e6
-    script = (
-        'import sys, resource; from pathlib import Path; from timm_densese.data.images import read_image\n'
-        'def used(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else '
-        '1024)\n'
-        'before = used()\n'
-        'for file in sorted(Path(sys.argv[1]).iterdir()):\n'
-        '    try: print(file.name, read_image(file).size)\n'
-        '    except Exception as e: print(file.name, type(e).__name__, e)\n'
-        'print("MB", (used() - before) >> 20)\n')
-    out = subprocess.run([sys.executable, '-c', script, str(tmp_path)], capture_output=True, text=True, check=True)
+    out = run_alone(tmp_path, function=forked.read_images)
+    assert out.returncode == 0, out.stderr
     lines = out.stdout.splitlines()
     assert int(lines[-1].split()[1]) < 200
     assert len(lines) == 9

@@ -336,7 +336,7 @@ def test_hooks_of_all_modules_stop_folding():
 @pytest.fixture(scope='module')
 def exported(tmp_path_factory):
     torch.manual_seed(0)
-    fused = reparameterize_model(trained(se_placement='stage'))
+    fused = reparameterize_model(trained(se_placement='stage', block_config=(1, 2)))
     file = tmp_path_factory.mktemp('onnx') / 'model.onnx'
     batch = torch.export.Dim('batch', min=1, max=64)
     torch.onnx.export(fused, (images(2, dtype=torch.float32),), file, dynamo=True, verbose=False, input_names=['x'],

@@ -1,17 +1,14 @@
 """Linear memory against timm's own training."""
 import copy
-import os
-import socket
-import subprocess
-import sys
 from contextlib import nullcontext
 from types import MethodType
 
+import forked
 import pytest
 import timm
 import torch
 import torch.nn as nn
-from conftest import relative_error
+from conftest import relative_error, two_processes
 from memory import saved_megabytes  # benchmarks/memory.py
 from nets import assert_same_step, blocks, blocks_are_memory_efficient, create, images, pair, step
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
@@ -260,49 +257,14 @@ def test_saved_tensors_can_be_moved():
     assert_same_step(ours, step(plain, x))
 
 
-DDP = """
-import os, sys, torch, timm, timm_densese
-import torch.distributed as dist
-torch.set_num_threads(1)
-dist.init_process_group('gloo')
-torch.manual_seed(0)
-model = timm.create_model('se_densenet121', growth_rate=8, block_config=(2, 3, 2), num_classes=5, dtype=torch.float64)
-grads = []
-for linear in (False, True):
-    net = torch.nn.parallel.DistributedDataParallel(model.train())
-    model.set_grad_checkpointing(linear)
-    net.zero_grad()
-    torch.manual_seed(dist.get_rank())
-    x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
-    net(x).square().sum().backward()
-    grads.append([p.grad.clone() for p in model.parameters()])
-worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(grads[1], grads[0]) if b.norm() > 0)
-other = [g.clone() for g in grads[1]]
-for g in other:
-    dist.broadcast(g, 0)
-same = all(torch.equal(a, b) for a, b in zip(other, grads[1]))
-print('RANK', dist.get_rank(), worst < 1e-9, same)
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
 def test_two_processes():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': '2'}
-    processes = [subprocess.Popen([sys.executable, '-c', DDP], env={**env, 'RANK': str(rank)}, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    for rank, process in enumerate(processes):
-        out, err = process.communicate(timeout=120)
-        assert f'RANK {rank} True True' in out, err
+    two_processes(function=forked.compare_gradients)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('placement', SE_PLACEMENTS)
 def test_compiled_in_one_graph(placement):
-    plain, linear = pair(create(se_placement=placement))
+    plain, linear = pair(create(se_placement=placement, block_config=(1, 2)))
     x = images()
     out = torch.compile(linear, fullgraph=True, backend='aot_eager')(x)
     out.square().sum().backward()

@@ -1,8 +1,6 @@
 """A DenseNet's weights give an SE-DenseNet with the DenseNet's outputs, by every way timm has of loading them."""
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
@@ -36,10 +34,12 @@ def step(net, image):
 @pytest.mark.parametrize('name', MODELS)
 @torch.inference_mode()
 def test_same_outputs_to_the_bit(name):
-    densenet = trained_densenet(name[len('se_'):])
+    """Depth 121 whole, of the others two layers a block: the Hub's tests, below, load them whole."""
+    kwargs = {} if name == 'se_densenet121' else {'block_config': (2, 2, 2, 2)}
+    densenet = trained_densenet(name[len('se_'):], **kwargs)
     image = torch.randn(2, 3, 64, 64)
     for placement in SE_PLACEMENTS:
-        model = from_state_dict(name, densenet.state_dict(), se_placement=placement)
+        model = from_state_dict(name, densenet.state_dict(), se_placement=placement, **kwargs)
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             densenet.to(dtype)
             model.to(dtype)
@@ -399,20 +399,6 @@ def test_missing_repository_is_an_error(hub):
 def test_untrained_variant_says_so():
     with pytest.raises(RuntimeError, match='No pretrained weights exist'):
         timm.create_model('se_densenet264d', pretrained=True)
-
-
-@pytest.mark.slow
-def test_offline_from_a_warm_cache(hub, tmp_path):
-    """The README's first use, in a process of its own, which then goes offline."""
-    put_on_hub(hub, 'timm/densenet121.cache_test', timm.create_model('densenet121'))
-    code = ('import timm, timm_densese\n'
-            'timm.create_model("se_densenet121", pretrained=True, '
-            'pretrained_cfg_overlay=dict(hf_hub_id="timm/densenet121.cache_test"))')
-    env = dict(
-        HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path), PATH='', PYTHONPATH=':'.join(sys.path), HF_HUB_DISABLE_XET='1')
-    for offline in ('0', '1'):
-        subprocess.run([sys.executable, '-c', code], env={**env, 'HF_HUB_OFFLINE': offline}, check=True, timeout=120)
-    assert sum('GET /cdn/timm/densenet121.cache_test/' in r for r in hub.requests) == 1
 
 
 def test_public_names_exist():

@@ -252,7 +252,7 @@ def test_fx(placement):
 
 @placements
 def test_export_with_a_dynamic_batch(placement):
-    model = create(se_placement=placement).eval()
+    model = create(se_placement=placement, block_config=(1, 2)).eval()
     program = torch.export.export(model, (IMAGE,), dynamic_shapes=({0: torch.export.Dim('batch', min=1, max=64)},))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -267,7 +267,7 @@ def test_export_with_a_dynamic_batch(placement):
 def test_onnx(placement, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is missing: pip install .[test]')
     pytest.importorskip('onnxscript', reason='onnxscript is missing: pip install .[test]')
-    model = create(se_placement=placement).eval()
+    model = create(se_placement=placement, block_config=(1, 2)).eval()
     path = str(tmp_path / 'model.onnx')
     torch.onnx.export(model, (IMAGE,), path, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
@@ -279,7 +279,7 @@ def test_onnx(placement, tmp_path):
 @pytest.mark.slow
 @placements
 def test_compiles_without_a_graph_break(placement):
-    model = create(se_placement=placement)
+    model = create(se_placement=placement, block_config=(1, 2))
     for train in (True, False):
         model.train(train)
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager')

@@ -1,8 +1,5 @@
 """What a training is made of: folders, images and checkpoints that do not do, and the options' ways in."""
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -164,12 +161,10 @@ def test_schedules(small_split, tmp_path, options):
     assert rates == pytest.approx(expected.get(options['sched'], sorted(rates, reverse=True)))
 
 
-def test_no_network_is_said_within_seconds(small_split, tmp_path):
+def test_no_network_is_said_within_seconds(small_split, tmp_path, run_alone):
     start = time.monotonic()
-    process = subprocess.run(
-        [sys.executable, '-m', 'timm_densese', 'train', small_split, '-c', ROOT / 'configs' / 'msld.yaml', '--output',
-         tmp_path / 'run'], capture_output=True, text=True, env={
-             **os.environ, 'HF_ENDPOINT': 'http://127.0.0.1:9', 'HF_HOME': str(tmp_path / 'home')})
+    process = run_alone('train', small_split, '-c', ROOT / 'configs' / 'msld.yaml', '--output', tmp_path / 'run',
+                        HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=str(tmp_path / 'home'))
     assert process.returncode == 1
     assert 'could not be reached' in process.stderr
     assert '--no-pretrained' in process.stderr

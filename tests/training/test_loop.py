@@ -1,5 +1,4 @@
 """The embedded loop: what it learns, its options, its processes, and when it stops."""
-import socket
 import subprocess
 import sys
 
@@ -7,7 +6,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import SMALL_RUN, load_saved, read_summary, run_cli, run_training, same, start_cli, write_split
+from conftest import SMALL_RUN, load_saved, read_summary, run_cli, run_training, same, two_processes, write_split
 
 from timm_densese.publish import publish
 
@@ -45,18 +44,6 @@ def test_learns_and_leaves_files_that_timm_reads(data, tmp_path, capsys):
     progress = capsys.readouterr().err
     assert 'loss=' in progress
     assert 'lr=' in progress
-
-
-def two_processes(*args):
-    """Start both as torchrun does, without its minute of imports."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
-    processes = [start_cli(*args, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-                           MASTER_PORT=port) for rank in range(2)]
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
 
 
 def torchrun(*args):
