@@ -31,9 +31,10 @@ def read(out: Path) -> list[dict[str, Any]]:
 def quoted_table(rows: list[dict[str, Any]], file: Path) -> str:
     """The table that a page quotes, in Markdown: eager, 224x224, against timm's DenseNet of the same depth.
 
-    docs/ has every depth that was measured, README.md depth 121.
+    docs/ has every depth that was measured and how the rounds differ, README.md the medians of depth 121.
     """
-    rows = [row for row in rows if file.name != 'README.md' or base(row['model']) == 'densenet121']
+    short = file.name == 'README.md'
+    rows = [row for row in rows if not short or base(row['model']) == 'densenet121']
     if not rows:
         return 'Not measured since the code changed: `python benchmarks/throughput.py --quote` writes the table here.'
     found = {tuple(row[key] for key in KEY): row for row in rows if row.get('faster_than_densenet')}
@@ -43,19 +44,19 @@ def quoted_table(rows: list[dict[str, Any]], file: Path) -> str:
         for model in sorted({row['model'] for row in rows if base(row['model']) in row['model']
                              and row['model'] == name.format(base(row['model'])[8:])}):
             for dtype in ('float32', 'bfloat16'):
-                cells = [_quoted(found.get((kind, 'eager', dtype, 224, size, model))) for size in batches]
+                cells = [_quoted(found.get((kind, 'eager', dtype, 224, size, model)), short) for size in batches]
                 if any(cells):
                     lines.append('| ' + ' | '.join([f'{model}, {dtype}', *cells]) + ' |')
     first = rows[0]
     return '\n'.join([*lines, '', f'{first["device"]}, {first["threads"]} threads, torch {first["torch"]}, timm '
-                      f'{first["timm"]}; in brackets, the middle half of the rounds.'])
+                      f'{first["timm"]}; ' + ('medians.' if short else 'in brackets, the middle half of the rounds.')])
 
 
-def _quoted(row: dict[str, Any] | None) -> str:
+def _quoted(row: dict[str, Any] | None, short: bool) -> str:
     if row is None:
         return ''
     faster = row['faster_than_densenet']
-    return f'{faster["p50"]:.2f}x ({faster["p25"]:.2f} to {faster["p75"]:.2f})'
+    return f'{faster["p50"]:.2f}x' if short else f'{faster["p50"]:.2f}x ({faster["p25"]:.2f} to {faster["p75"]:.2f})'
 
 
 def quote(rows: list[dict[str, Any]], file: Path) -> None:
