@@ -13,7 +13,7 @@ import timm
 from conftest import put_on_hub, run_cli, start_cli
 from PIL import Image
 
-from timm_densese.cli import create_parser
+from timm_densese.commands import create_parser
 from timm_densese.demo import generate_images
 from timm_densese.models.stats import models_table
 
