@@ -2,7 +2,9 @@
 import argparse
 import atexit
 import csv
+import hashlib
 import io
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -35,6 +37,7 @@ import pytest  # noqa: E402
 import safetensors.torch  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 
 import timm_densese  # noqa: E402, F401
 from timm_densese.cli import main  # noqa: E402
@@ -58,6 +61,11 @@ needs_msld = pytest.mark.skipif(
 @pytest.fixture(scope='session')
 def hub() -> HubServer:
     return _server
+
+
+def hash_files(folder):
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in folder.glob('*/*.jpg')}
 
 
 def write_split(root: Path, per_class: int, test: float = .2) -> Path:
@@ -198,6 +206,60 @@ def same(a, b) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# Checkpoints to publish, and the Hub that takes them.
+
+
+IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+CLASSES = ['chickenpox', 'measles', 'monkeypox']
+
+
+@pytest.fixture
+def owner(monkeypatch, hub: HubServer):
+    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
+    hub.faults.clear()
+    yield hub
+    assert not any(f.times for f in hub.faults), 'a fault that was set up did not happen'
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """The client's pauses between attempts, in no time; the attempts are the real ones."""
+    monkeypatch.setattr('time.sleep', lambda seconds: None)
+
+
+@pytest.fixture
+def cold_cache(monkeypatch, tmp_path):
+    for module in ('huggingface_hub.constants', 'huggingface_hub.file_download.constants'):
+        monkeypatch.setattr(f'{module}.HF_HUB_CACHE', str(tmp_path / 'cache'))
+    return tmp_path / 'cache'
+
+
+_seeds = itertools.count(1)
+
+
+def save_run(folder, net=None, prefix='', args=None, saved=None):
+    """A checkpoint as the loops write it, with raw and averaged weights that differ."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if net is None:
+        torch.manual_seed(next(_seeds))  # other weights in each test: the Hub would know the same again
+        net = timm.create_model('se_densenet121', num_classes=3, **SMALL)
+    with torch.no_grad():
+        raw = {prefix + k: v + .01 if v.is_floating_point() else v for k, v in net.state_dict().items()}
+        ema = {prefix + k: v.clone() for k, v in net.state_dict().items()}
+    state = {'arch': 'se_densenet121', 'epoch': 7, 'metric': .25, 'state_dict': raw, 'state_dict_ema': ema}
+    torch.save({**state, **(saved or {})}, folder / 'model_best.pth.tar')
+    options = {'model': 'se_densenet121', 'model_kwargs': dict(SMALL), 'class_names': CLASSES, 'eval_metric': 'loss',
+               'input_size': [3, 64, 64], 'mean': [.1, .2, .3], 'std': [.4, .5, .6], 'lr': .001, 'pretrained': False,
+               'data_dir': str(folder / 'secret-place')}
+    (folder / 'args.yaml').write_text(yaml.safe_dump({**options, **(args or {})}))
+    return folder / 'model_best.pth.tar', net.eval()
+
+
+@torch.inference_mode()
+def same_logits(model, expected) -> bool:
+    return torch.equal(model.eval()(IMAGE), expected.eval()(IMAGE))
 
 
 # Models.

@@ -1,17 +1,13 @@
 """Publishing and loading with the real client, against a Hub on this machine."""
 import argparse
-import itertools
 import json
 
-import forked
-import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
 import torch
-import yaml
-from conftest import MSLD, SMALL, finish, needs_msld, put_on_hub, start_alone
-from hub_server import Fault, HubServer
+from conftest import CLASSES, IMAGE, MSLD, SMALL, needs_msld, same_logits, save_run
+from hub_server import Fault
 from PIL import Image
 
 import timm_densese
@@ -19,57 +15,6 @@ from timm_densese.cli import main
 from timm_densese.data.splits import split_images
 from timm_densese.errors import CheckpointError, CheckpointMismatchError, HubError, PublishError
 from timm_densese.publish import publish
-
-IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
-CLASSES = ['chickenpox', 'measles', 'monkeypox']
-
-
-@pytest.fixture
-def owner(monkeypatch, hub: HubServer):
-    monkeypatch.setenv('HF_TOKEN', 'hf_owner')
-    hub.faults.clear()
-    yield hub
-    assert not any(f.times for f in hub.faults), 'a fault that was set up did not happen'
-
-
-@pytest.fixture
-def no_waiting(monkeypatch):
-    """The client's pauses between attempts, in no time; the attempts are the real ones."""
-    monkeypatch.setattr('time.sleep', lambda seconds: None)
-
-
-@pytest.fixture
-def cold_cache(monkeypatch, tmp_path):
-    for module in ('huggingface_hub.constants', 'huggingface_hub.file_download.constants'):
-        monkeypatch.setattr(f'{module}.HF_HUB_CACHE', str(tmp_path / 'cache'))
-    return tmp_path / 'cache'
-
-
-_seeds = itertools.count(1)
-
-
-def save_run(folder, net=None, prefix='', args=None, saved=None):
-    """A checkpoint as the loops write it, with raw and averaged weights that differ."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if net is None:
-        torch.manual_seed(next(_seeds))  # other weights in each test: the Hub would know the same again
-        net = timm.create_model('se_densenet121', num_classes=3, **SMALL)
-    with torch.no_grad():
-        raw = {prefix + k: v + .01 if v.is_floating_point() else v for k, v in net.state_dict().items()}
-        ema = {prefix + k: v.clone() for k, v in net.state_dict().items()}
-    state = {'arch': 'se_densenet121', 'epoch': 7, 'metric': .25, 'state_dict': raw, 'state_dict_ema': ema}
-    torch.save({**state, **(saved or {})}, folder / 'model_best.pth.tar')
-    options = {'model': 'se_densenet121', 'model_kwargs': dict(SMALL), 'class_names': CLASSES, 'eval_metric': 'loss',
-               'input_size': [3, 64, 64], 'mean': [.1, .2, .3], 'std': [.4, .5, .6], 'lr': .001, 'pretrained': False,
-               'data_dir': str(folder / 'secret-place')}
-    (folder / 'args.yaml').write_text(yaml.safe_dump({**options, **(args or {})}))
-    return folder / 'model_best.pth.tar', net.eval()
-
-
-@torch.inference_mode()
-def same(model, expected) -> bool:
-    return torch.equal(model.eval()(IMAGE), expected.eval()(IMAGE))
-
 
 # Publish and load.
 
@@ -90,7 +35,7 @@ def test_published_model_gives_the_same_logits(prefix, owner, tmp_path, capsys):
     exec('\n'.join(line.strip() for line in out.split('Load it with\n')[1].splitlines()), namespace)
 
     loaded = timm.create_model(f'hf-hub:{repo}', pretrained=True)
-    assert same(loaded, net)
+    assert same_logits(loaded, net)
     assert loaded.pretrained_cfg['label_names'] == CLASSES
     config = timm.data.resolve_model_data_config(loaded)
     assert config['input_size'] == (3, 64, 64)
@@ -136,7 +81,7 @@ def test_arguments_given_by_hand_replace_the_record(owner, tmp_path, capsys):
         'publish', str(tmp_path / 'bare.pth'), 'owner/bare', '--model', 'se_densenet121', '--model-kwargs',
         'growth_rate=8', 'block_config=(2,3,2)', 'se_placement=stage', '--data', str(tmp_path / 'data')]) == 0
     loaded = timm.create_model('hf-hub:owner/bare', pretrained=True)
-    assert same(loaded, net)
+    assert same_logits(loaded, net)
     assert loaded.pretrained_cfg['label_names'] == CLASSES
 
 
@@ -146,7 +91,7 @@ def test_arguments_inside_the_checkpoint(owner, tmp_path):
     (tmp_path / 'run' / 'args.yaml').unlink()
     publish(checkpoint, 'owner/inside')
     loaded = timm.create_model('hf-hub:owner/inside', pretrained=True)
-    assert same(loaded, net)
+    assert same_logits(loaded, net)
     assert 'label_names' not in json.loads(owner.read('owner/inside', 'config.json'))
 
 
@@ -156,7 +101,7 @@ def test_folder_instead_of_the_hub(tmp_path, capsys, hub):
     assert main(['publish', str(checkpoint), 'owner/name', '--output', str(tmp_path / 'out')]) == 0
     assert len(hub.requests) == asked
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['README.md', 'config.json', 'model.safetensors']
-    assert same(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), net)
+    assert same_logits(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), net)
 
     (tmp_path / 'out' / 'notes.txt').write_text('mine')
     capsys.readouterr()
@@ -188,7 +133,7 @@ def test_own_readme_is_kept_unless_confirmed(owner, tmp_path, capsys):
     assert main(['publish', str(checkpoint), 'owner/readme']) == 0  # no terminal to ask on
     assert 'stays as it is' in capsys.readouterr().out
     assert owner.read('owner/readme', 'README.md') == b'written by hand'
-    assert same(timm.create_model('hf-hub:owner/readme', pretrained=True), save_run(tmp_path / 'x')[1]) is False
+    assert same_logits(timm.create_model('hf-hub:owner/readme', pretrained=True), save_run(tmp_path / 'x')[1]) is False
 
     asked = []
     publish(checkpoint, 'owner/readme', confirm=lambda question: asked.append(question) or True)
@@ -205,15 +150,15 @@ def test_overwriting_serves_the_new_weights(owner, tmp_path):
     publish(first, 'owner/twice')
     timm.create_model('hf-hub:owner/twice', pretrained=True)
     publish(second, 'owner/twice')
-    assert same(timm.create_model('hf-hub:owner/twice', pretrained=True), net)
+    assert same_logits(timm.create_model('hf-hub:owner/twice', pretrained=True), net)
 
 
 def test_revisions_and_pull_requests(owner, tmp_path, monkeypatch):
     (first, a), (second, b), (third, c) = (save_run(tmp_path / name) for name in 'abc')
     publish(first, 'owner/branches')
     publish(second, 'owner/branches', revision='v2')
-    assert same(timm.create_model('hf-hub:owner/branches', pretrained=True), a)
-    assert same(timm.create_model('hf-hub:owner/branches@v2', pretrained=True), b)
+    assert same_logits(timm.create_model('hf-hub:owner/branches', pretrained=True), a)
+    assert same_logits(timm.create_model('hf-hub:owner/branches@v2', pretrained=True), b)
     with pytest.raises(HubError, match='no such revision'):
         timm.create_model('se_densenet121', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='owner/branches@v3'))
 
@@ -222,7 +167,7 @@ def test_revisions_and_pull_requests(owner, tmp_path, monkeypatch):
         publish(third, 'owner/branches')
     url = publish(third, 'owner/branches', create_pr=True)
     assert url == f'{owner.endpoint}/owner/branches/discussions/1'
-    assert same(timm.create_model('hf-hub:owner/branches', pretrained=True), a)
+    assert same_logits(timm.create_model('hf-hub:owner/branches', pretrained=True), a)
     assert owner.read('owner/branches', 'model.safetensors', 'refs/pr/1') == safetensors.torch.save(c.state_dict())
     with pytest.raises(PublishError, match='not both'):
         publish(third, 'owner/branches', create_pr=True, revision='v2')
@@ -235,7 +180,7 @@ def test_private_missing_and_gated(owner, tmp_path, monkeypatch, cold_cache):
     checkpoint, net = save_run(tmp_path / 'run')
     publish(checkpoint, 'owner/private', private=True)
     assert owner.repos['owner/private'].private
-    assert same(timm.create_model('hf-hub:owner/private', pretrained=True), net)
+    assert same_logits(timm.create_model('hf-hub:owner/private', pretrained=True), net)
     owner.put('timm/gated', {'model.safetensors': b''}, gated=True)
 
     monkeypatch.delenv('HF_TOKEN')
@@ -311,7 +256,7 @@ def test_upload_that_breaks_is_retried(owner, tmp_path, no_waiting):
     checkpoint, net = save_run(tmp_path / 'run')
     owner.faults = [Fault('^PUT /lfs/', drop_after=1000), Fault('^PUT /lfs/', status=503)]
     publish(checkpoint, 'owner/retried')
-    assert same(timm.create_model('hf-hub:owner/retried', pretrained=True), net)
+    assert same_logits(timm.create_model('hf-hub:owner/retried', pretrained=True), net)
 
 
 def test_upload_that_keeps_breaking_is_a_clear_error(owner, tmp_path, no_waiting):
@@ -322,7 +267,7 @@ def test_upload_that_keeps_breaking_is_a_clear_error(owner, tmp_path, no_waiting
     assert isinstance(e.value.__cause__, Exception)
     assert owner.repos['owner/broken'].files('main') == {}  # nothing half-sent is visible
     publish(checkpoint, 'owner/broken')
-    assert same(timm.create_model('hf-hub:owner/broken', pretrained=True), net)
+    assert same_logits(timm.create_model('hf-hub:owner/broken', pretrained=True), net)
 
 
 def test_upload_in_parts(owner, tmp_path):
@@ -331,97 +276,6 @@ def test_upload_in_parts(owner, tmp_path):
     publish(checkpoint, 'owner/parts')
     assert sum(r.startswith('PUT /lfs/owner/parts') for r in owner.requests) == 4
     assert owner.read('owner/parts', 'model.safetensors') == safetensors.torch.save(net.state_dict())
-
-
-# Older clients give up on a connection that breaks in a body, with our error, and keep the part for the next run.
-resumes = pytest.mark.skipif(
-    int(huggingface_hub.__version__.split('.')[0]) < 2, reason='huggingface_hub 2 is missing, whose client resumes')
-
-
-@resumes
-def test_download_that_breaks_is_resumed(owner, tmp_path, no_waiting, cold_cache):
-    checkpoint, net = save_run(tmp_path / 'run')
-    publish(checkpoint, 'owner/resumed')
-    owner.faults = [Fault('^GET /cdn/owner/resumed', drop_after=20_000), Fault('^GET /cdn/owner/resumed', delay=.5)]
-    assert same(timm.create_model('hf-hub:owner/resumed', pretrained=True, cache_dir=cold_cache), net)
-
-
-@resumes
-def test_download_that_keeps_breaking_leaves_nothing(owner, tmp_path, no_waiting, cold_cache):
-    checkpoint, net = save_run(tmp_path / 'run')
-    publish(checkpoint, 'owner/dropped')
-    owner.faults = [Fault('^GET /cdn/owner/dropped', drop_after=0, times=6)]
-    with pytest.raises(HubError, match=r'Could not load owner/dropped.*run again'):
-        timm.create_model('hf-hub:owner/dropped', pretrained=True, cache_dir=cold_cache)
-    left = [p for p in cold_cache.rglob('*') if 'safetensors' in p.name or 'incomplete' in p.name]
-    assert left == []
-    assert same(timm.create_model('hf-hub:owner/dropped', pretrained=True, cache_dir=cold_cache), net)
-
-
-def test_damaged_files_are_named(owner, tmp_path, no_waiting, cold_cache):
-    checkpoint, net = save_run(tmp_path / 'run')
-    publish(checkpoint, 'owner/sound')
-    weights = owner.read('owner/sound', 'model.safetensors')
-    config = owner.read('owner/sound', 'config.json')
-
-    # Shorter than the Hub says: not taken into the cache.
-    owner.faults = [Fault('^GET /cdn/owner/sound', tamper=weights[:-100])]
-    with pytest.raises(HubError, match=r'owner/sound.*size'):
-        timm.create_model('hf-hub:owner/sound', pretrained=True, cache_dir=cold_cache)
-    assert same(timm.create_model('hf-hub:owner/sound', pretrained=True, cache_dir=cold_cache), net)
-
-    for name, data in (('header', b'\xff' * 8 + weights[8:]), ('cut', weights[:-100]), ('empty', b'')):
-        owner.put(f'owner/{name}', {'config.json': config, 'model.safetensors': data})
-        with pytest.raises(HubError, match=r'model.safetensors is damaged.*tell its owner'):
-            timm.create_model(f'hf-hub:owner/{name}', pretrained=True, cache_dir=cold_cache)
-
-
-@pytest.fixture
-def load_alone(tmp_path_factory, hub):
-    """Start loading models in a process of its own; a call of what is returned gives its exit status and output."""
-    def start(home, *models, **env):
-        folder = tmp_path_factory.mktemp('said')
-        stdout, stderr = folder / 'stdout', folder / 'stderr'
-        process = start_alone(forked.load_models, *models, stdout=stdout, stderr=stderr, HF_HOME=str(home),
-                              HF_ENDPOINT=hub.endpoint, **env)
-        return lambda: finish(process, stdout, stderr)
-
-    return start
-
-
-@pytest.mark.slow
-def test_offline_with_a_warm_and_a_cold_cache(owner, tmp_path, load_alone):
-    checkpoint, _ = save_run(tmp_path / 'run')
-    publish(checkpoint, 'owner/offline')
-    put_on_hub(owner, 'timm/densenet121.ra_in1k', timm.create_model('densenet121'))
-    asked = len(owner.requests)
-    for offline, home, said in (('0', 'warm', 'loaded'), ('1', 'warm', 'loaded'), ('1', 'cold', 'failed:')):
-        done = load_alone(tmp_path / home, 'hf-hub:owner/offline', 'se_densenet121', HF_HUB_OFFLINE=offline)()
-        assert (done.returncode, done.stdout.count(said)) == (0, 2), done.stdout + done.stderr
-    assert 'HF_HUB_OFFLINE is set and the cache does not have it: run once with HF_HUB_OFFLINE=0' in done.stdout
-    assert sum('GET /cdn/timm/densenet121.ra_in1k/' in request for request in owner.requests[asked:]) == 1
-
-
-@pytest.mark.slow
-def test_stalled_download_is_resumed(owner, tmp_path, load_alone):
-    checkpoint, _ = save_run(tmp_path / 'run')
-    publish(checkpoint, 'owner/stalled')
-    owner.faults = [Fault('^GET /cdn/owner/stalled', drop_after=20_000, delay=5)]
-    done = load_alone(tmp_path / 'home', 'hf-hub:owner/stalled', HF_HUB_DOWNLOAD_TIMEOUT='1')()
-    assert (done.returncode, done.stdout) == (0, 'loaded\n'), done.stderr
-    assert 'Trying to resume download' in done.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_downloading_at_once(owner, tmp_path, load_alone):
-    checkpoint, _ = save_run(tmp_path / 'run', timm.create_model('se_densenet121', num_classes=3),
-                             args={'model_kwargs': {}})
-    publish(checkpoint, 'owner/shared')
-    owner.faults = [Fault('^GET /cdn/owner/shared', delay=2)]  # long enough for the second to arrive
-    for finished in [load_alone(tmp_path / 'home', 'hf-hub:owner/shared') for _ in range(2)]:
-        done = finished()
-        assert (done.returncode, done.stdout) == (0, 'loaded\n'), done.stderr
-    assert sum(r.startswith('GET /cdn/owner/shared') for r in owner.requests) == 1
 
 
 # Secrets.

@@ -24,6 +24,12 @@ def create(name='se_densenet121', dtype=torch.float64, **kwargs):
     return model
 
 
+def aside(**kwargs):
+    model = create(**kwargs)
+    model.set_grad_checkpointing()
+    return model
+
+
 def images(n=4, dtype=torch.float64, size=72):
     return torch.randn(n, 3, size, size, dtype=dtype).to(memory_format=CHANNELS_LAST)
 

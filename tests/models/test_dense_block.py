@@ -1,0 +1,125 @@
+"""A block in linear memory steps aside for what is not exactly timm's."""
+import copy
+from types import MethodType
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+from nets import aside, blocks, blocks_are_memory_efficient, images, step
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
+from timm.models import densenet
+from torch.nn.utils.parametrize import register_parametrization
+
+
+def dense(model):
+    return model.features.denseblock1.denselayer1
+
+
+class Plus(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def forward(conv, x):
+    return nn.Conv2d.forward(conv, x) + 1
+
+
+def bottleneck_fn(layer, xs):
+    return 2 * densenet.DenseLayer.bottleneck_fn(layer, xs)
+
+
+def eval_norms(model):
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+
+
+def instead(model, name, kind=nn.Conv2d, **kwargs):
+    conv = getattr(dense(model), name)
+    kwargs = {'kernel_size': conv.kernel_size, 'padding': conv.padding, 'bias': False, **kwargs}
+    setattr(dense(model), name, kind(conv.in_channels, conv.out_channels, dtype=torch.float64, **kwargs))
+
+
+# What somebody may do to a layer of the first block.
+OTHERS = {
+    'frozen norms': lambda m: freeze_batch_norm_2d(dense(m)),
+    'norms in eval': eval_norms,
+    'one norm in eval': lambda m: dense(m).norm2.eval(),
+    'another eps': lambda m: setattr(m.features.denseblock1.denselayer2.norm1, 'eps', 1e-3),
+    'no running statistics': lambda m: setattr(dense(m).norm1, 'track_running_stats', False),
+    'activation': lambda m: setattr(dense(m).norm1, 'act', nn.SiLU()),
+    'dropped norm': lambda m: setattr(dense(m).norm2, 'drop', nn.Hardtanh()),
+    'layernorm': lambda m: setattr(dense(m), 'norm1', timm.layers.LayerNorm2d(16, dtype=torch.float64)),
+    'bias': lambda m: instead(m, 'conv1', bias=True),
+    'subclass': lambda m: instead(m, 'conv2', Plus),
+    'reflect': lambda m: instead(m, 'conv2', padding_mode='reflect'),
+    'dilation': lambda m: instead(m, 'conv2', padding=2, dilation=2),
+    'wrapped': lambda m: setattr(dense(m), 'conv2', nn.Sequential(dense(m).conv2, nn.Tanh())),
+    'parametrization': lambda m: register_parametrization(dense(m).conv1, 'weight', Double()),
+    'spectral norm': lambda m: nn.utils.spectral_norm(dense(m).conv2),
+    'forward': lambda m: setattr(dense(m).conv1, 'forward', MethodType(forward, dense(m).conv1)),
+    'part of it': lambda m: setattr(dense(m), 'bottleneck_fn', MethodType(bottleneck_fn, dense(m))),
+    'another module': lambda m: dense(m).add_module('extra', nn.Identity()),
+    'hook': lambda m: dense(m).conv1.register_forward_hook(lambda module, args, out: out * 2),
+    'pre-hook': lambda m: dense(m).norm1.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    'hook on a layer': lambda m: dense(m).register_forward_hook(lambda module, args, out: out * 2),
+    'backward hook': lambda m: dense(m).register_full_backward_hook(
+        lambda module, grads, out: tuple(g if g is None else g * 2 for g in grads)),
+    'no checkpointing': lambda m: setattr(dense(m), 'grad_checkpointing', False),
+}
+
+
+def assert_steps_aside(model):
+    """What is not known runs as in timm, to the last bit."""
+    assert not model.features.denseblock1.is_memory_efficient(torch.randn(2, 16, 8, 8, dtype=torch.float64))
+    plain = copy.deepcopy(model)
+    plain.features.denseblock1.__class__ = densenet.DenseBlock
+    x = images()
+    (out, grads, _), (expected, expected_grads, _) = step(model, x), step(plain, x)
+    assert torch.equal(out, expected)
+    assert all(torch.equal(grads[n], g) for n, g in expected_grads.items())
+
+
+@pytest.mark.parametrize('other', OTHERS)
+def test_steps_aside_exactly(other):
+    torch.manual_seed(0)
+    model = aside()
+    OTHERS[other](model)
+    assert_steps_aside(model)
+
+
+@pytest.mark.parametrize('kwargs', [{'norm_layer': 'layernorm2d'}, {'act_layer': 'silu'}], ids=str)
+def test_other_norms_and_activations_step_aside(kwargs):
+    assert_steps_aside(aside(**kwargs))
+
+
+def test_sync_batch_norms_step_aside():
+    assert not blocks_are_memory_efficient(convert_sync_batchnorm(aside()))  # they run on GPUs only
+
+
+def test_hooks_of_all_modules_fire():
+    model, fired = aside(), set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: fired.add(module))
+    try:
+        assert_steps_aside(model)
+    finally:
+        handle.remove()
+    assert {m for block in blocks(model) for m in block.modules()} <= fired
+
+
+def test_types_that_differ_step_aside():
+    model = aside(dtype=torch.float32)
+    x = images(dtype=torch.float32)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            m.bfloat16()
+    blocks_ = blocks(model)
+    assert not any(b.is_memory_efficient(x.bfloat16()) for b in blocks_)
+    with pytest.raises(RuntimeError):
+        model(x)
