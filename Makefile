@@ -6,7 +6,7 @@ BIN := .venv/bin
 # Two tests at a time, with a thread each: processes of torch with more threads than cores wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo check test chromium lower-bounds clean
+.PHONY: demo check test types tests fast-tests chromium lower-bounds clean
 
 demo: .venv/demo
 	$(BIN)/timm-densese demo $(if $(DATA),--data $(DATA))
@@ -14,12 +14,20 @@ demo: .venv/demo
 # What to run while working: a minute and a half on two cores.
 check: .venv/test
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(PYTEST) -m 'not slow'
+	@$(MAKE) --no-print-directory --jobs 2 types fast-tests
 
 test: .venv/test
 	$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory --jobs 2 types tests
+
+# mypy takes most of a minute without its cache, on one core, so the tests run beside it.
+types: .venv/test
 	$(BIN)/mypy
+
+fast-tests: .venv/test
+	$(PYTEST) -m 'not slow'
+
+tests: .venv/test
 	$(PYTEST)
 
 # For the page's tests, which are skipped where it is missing.

@@ -109,6 +109,7 @@ def test_quick_throughput(tmp_path):
         assert Image.open(tmp_path / f'{name}.png').size[0] > 300
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_is_a_row(tmp_path):
     bench = throughput.Bench(tmp_path, 32, .01, 3)
     sizes = {'densenet121': 1, 'no_such_net': 1, 'se_densenet121': 1}

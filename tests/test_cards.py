@@ -59,6 +59,7 @@ def test_card_of_each_registered_model(name, hub, capfd):
     run_snippets(text, hub)
 
 
+@pytest.mark.slow
 def test_card_of_a_fine_tune(tmp_path, hub, monkeypatch, capfd):
     monkeypatch.setenv('HF_TOKEN', 'hf_owner')
     net = timm.create_model('se_densenet121', num_classes=2)

@@ -72,6 +72,7 @@ def test_two_models_in_one_file_are_not_guessed_at(tmp_path):
         load_model(str(file), architecture='resnet10t')
 
 
+@pytest.mark.slow
 def test_safetensors_with_its_config_and_without(trained, tmp_path):
     publish(trained[1], 'owner/name', output=tmp_path / 'published')
     expected, image = load_model(str(trained[1]), 'cpu'), torch.randn(1, 3, 32, 32)
@@ -93,6 +94,7 @@ def test_safetensors_with_its_config_and_without(trained, tmp_path):
         load_model(str(tmp_path / 'broken.safetensors'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('arch', 'kwargs'), [
     ('resnet10t', {'drop_path_rate': .1}),
     ('vit_tiny_patch16_224', {'img_size': 32, 'depth': 2}),
@@ -119,6 +121,7 @@ def test_any_architecture_is_used_and_published(arch, kwargs, tmp_path):
     assert 'squeeze-and-excitation' not in card
 
 
+@pytest.mark.slow
 def test_what_started_from_a_folder_is_used_without_it(trained, tmp_path):
     publish(trained[1], 'owner/name', output=tmp_path / 'published')
     run_training(trained[0], tmp_path / 'run', model=f'local-dir:{tmp_path / "published"}', pretrained=True,
@@ -176,6 +179,7 @@ def test_grey(tmp_path):
         predict(str(five), [str(tmp_path / 'a.png')])
 
 
+@pytest.mark.slow
 def test_training_refuses_what_it_could_not_feed(small_split, tmp_path):
     with pytest.raises(OptionError, match='takes 1 channels'):
         run_training(small_split, tmp_path / 'run', model_kwargs=dict(SMALL, in_chans=1))
@@ -265,6 +269,7 @@ def test_arguments_that_do_not_fit_say_so(tmp_path):
         load_model(str(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('recorded', 'said'), [
     ({'model_kwargs': 3}, 'model_kwargs is recorded as 3'),
     ({'class_names': 'abc'}, 'class_names is recorded as .abc'),
@@ -338,6 +343,7 @@ def test_a_hub_that_is_not_there_is_told_at_once(monkeypatch):
 # Scores belong to a model.
 
 
+@pytest.mark.slow
 def test_another_models_scores_are_refused(trained, tmp_path):
     evaluate(str(trained[1]), trained[0], tmp_path / 'report', resamples=2, workers=0)
     metrics = tmp_path / 'report' / 'metrics.json'

@@ -63,6 +63,7 @@ def test_commands_in_the_docs_are_understood(page, monkeypatch):
         create_parser().parse_args(args)
 
 
+@pytest.mark.slow
 def test_command_and_module_are_the_same():
     command = Path(sys.executable).with_name('timm-densese')
     if not command.exists():
@@ -107,6 +108,7 @@ def test_the_demo_writes_over_nothing_but_a_demo(tmp_path):
     assert not (tmp_path / 'demo' / 'images').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('args', [('train', '--help'), ('predict', 'MODEL', 'IMAGES', '--json')])
 def test_a_closed_pipe_is_no_error(trained, tmp_path, args):
     """As `| head` closes it, here before anything is written."""
@@ -121,6 +123,7 @@ def test_a_closed_pipe_is_no_error(trained, tmp_path, args):
     assert 'Exception' not in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line(trained, tmp_path):
     (tmp_path / 'many').mkdir()
     for i in range(2000):  # some seconds of work
@@ -138,6 +141,7 @@ def test_ctrl_c_is_one_line(trained, tmp_path):
     assert 'Traceback' not in said
 
 
+@pytest.mark.slow
 def test_a_module_with_a_model_of_ones_own(small_split, tmp_path, monkeypatch):
     """Trained and used through --device-modules, from the current folder; without it, the message names it."""
     (tmp_path / 'my_models.py').write_text("""

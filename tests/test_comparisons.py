@@ -41,6 +41,7 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
+@pytest.mark.slow
 def test_power_is_how_often_the_test_finds():
     rng = np.random.default_rng(0)
     drawn = rng.normal(.05, .05, (4000, 6))

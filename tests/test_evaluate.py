@@ -84,6 +84,7 @@ def test_temperature_is_fitted_on_val_alone(trained, results, tmp_path):
     assert 'auroc' not in changed['metrics']  # undefined with one class
 
 
+@pytest.mark.slow
 def test_leaks_are_told(trained, tmp_path):
     assert not any('LEAK' in w for w in run(trained, tmp_path / 'a')['warnings'])
     found = run(trained, tmp_path / 'b', split='train')
@@ -119,6 +120,7 @@ def test_leaks_are_told(trained, tmp_path):
     assert any('cannot be excluded' in w for w in found['warnings'])
 
 
+@pytest.mark.slow
 def test_leaks_are_found_whatever_the_split_is_called_and_where_no_table_lists_the_images(trained, tmp_path):
     rng = np.random.default_rng(0)
 
@@ -143,6 +145,7 @@ def test_leaks_are_found_whatever_the_split_is_called_and_where_no_table_lists_t
     assert any('LEAK: 1 of the 8 images show pictures that were trained on' in w for w in told)
 
 
+@pytest.mark.slow
 def test_converted_images_are_known_by_split_csv(trained, tmp_path):
     from timm_densese.data.splits import split_images
     from timm_densese.demo import generate_images
@@ -156,6 +159,7 @@ def test_converted_images_are_known_by_split_csv(trained, tmp_path):
     assert any('LEAK' in w for w in run(trained, tmp_path / 'b', data=tmp_path / 'split', split='train')['warnings'])
 
 
+@pytest.mark.slow
 def test_two_models_in_pairs(trained, tmp_path):
     again = run(trained, tmp_path / 'a', compare=str(trained[1]))['paired']
     assert all(d == {'value': 0, 'interval': 'undefined'} for d in again['differences'].values())

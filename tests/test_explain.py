@@ -149,6 +149,7 @@ def test_explain_writes_overlays_and_profiles(trained, tmp_path, capsys):
     assert 'At 1, the dotted line, it leaves the channel as it is' in page.text
 
 
+@pytest.mark.slow
 def test_saturated_dead_and_eta_squared(tmp_path, trained):
     loaded = load_model(str(trained[1]))
     with torch.no_grad():

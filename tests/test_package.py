@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import timm_densese
 from timm_densese.errors import _TIMM_NEEDED
 
@@ -16,6 +18,7 @@ def python(code, *paths, **env):
         **os.environ, 'PYTHONPATH': os.pathsep.join(map(str, (*paths, ROOT))), **env})
 
 
+@pytest.mark.slow
 def test_the_import_loads_the_plugin_alone():
     result = python('import sys, timm_densese; print(*sys.modules)')
     own = [name for name in result.stdout.split() if name.startswith('timm_densese')]
@@ -24,6 +27,7 @@ def test_the_import_loads_the_plugin_alone():
     assert {'matplotlib', 'scipy', 'sklearn'} & set(result.stdout.split()) == set()
 
 
+@pytest.mark.slow
 def test_a_timm_that_is_too_old_is_named(tmp_path):
     (tmp_path / 'timm').mkdir()
     (tmp_path / 'timm' / '__init__.py').write_text('from .version import __version__\n')
@@ -38,6 +42,7 @@ def test_a_timm_that_is_too_old_is_named(tmp_path):
             assert f'timm {version} in {tmp_path / "timm"}' in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path):
     (tmp_path / 'timm').mkdir()
     (tmp_path / 'timm' / 'version.py').write_text("__version__ = '9.0.0'\n")

@@ -57,6 +57,7 @@ def test_loading_with_other_heads(owner, tmp_path):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('placement', timm_densese.SE_PLACEMENTS)
 def test_model_arguments_travel(placement, owner, tmp_path):
     kwargs = dict(SMALL, se_placement=placement, rd_ratio=.25, gate_layer='hard_sigmoid')
@@ -111,6 +112,7 @@ def test_folder_instead_of_the_hub(tmp_path, capsys, hub):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
 
 
+@pytest.mark.slow
 def test_transformers_wrapper(owner, tmp_path):
     transformers = pytest.importorskip('transformers', reason='transformers is missing: pip install transformers')
     checkpoint, net = save_run(tmp_path / 'run')
@@ -153,6 +155,7 @@ def test_overwriting_serves_the_new_weights(owner, tmp_path):
     assert same_logits(timm.create_model('hf-hub:owner/twice', pretrained=True), net)
 
 
+@pytest.mark.slow
 def test_revisions_and_pull_requests(owner, tmp_path, monkeypatch):
     (first, a), (second, b), (third, c) = (save_run(tmp_path / name) for name in 'abc')
     publish(first, 'owner/branches')
@@ -176,6 +179,7 @@ def test_revisions_and_pull_requests(owner, tmp_path, monkeypatch):
 # Refused.
 
 
+@pytest.mark.slow
 def test_private_missing_and_gated(owner, tmp_path, monkeypatch, cold_cache):
     checkpoint, net = save_run(tmp_path / 'run')
     publish(checkpoint, 'owner/private', private=True)
@@ -270,6 +274,7 @@ def test_upload_that_keeps_breaking_is_a_clear_error(owner, tmp_path, no_waiting
     assert same_logits(timm.create_model('hf-hub:owner/broken', pretrained=True), net)
 
 
+@pytest.mark.slow
 def test_upload_in_parts(owner, tmp_path):
     net = timm.create_model('se_densenet121', num_classes=3)
     checkpoint, net = save_run(tmp_path / 'run', net, args={'model_kwargs': {}})
@@ -303,6 +308,7 @@ def test_token_appears_nowhere(tmp_path, hub, run_alone):
         hub.read('owner/quiet', p) for p in ('README.md', 'config.json', 'model.safetensors'))
 
 
+@pytest.mark.slow
 @needs_msld
 def test_msld_is_recognised_by_its_images(tmp_path, owner):
     split_images(MSLD, tmp_path / 'split')

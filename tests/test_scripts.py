@@ -51,6 +51,7 @@ def test_the_installed_timm_serves_a_script_in_a_checkout(tmp_path):
     assert result.stderr == ''
 
 
+@pytest.mark.slow
 def test_a_checkouts_timm_is_refused_where_python_finds_it_first(tmp_path):
     (tmp_path / 'train.py').write_text(SCRIPT)
     shutil.copytree(Path(timm.__file__).parent, tmp_path / 'timm')
@@ -62,6 +63,7 @@ def test_a_checkouts_timm_is_refused_where_python_finds_it_first(tmp_path):
     assert 'registered' not in result.stdout
 
 
+@pytest.mark.slow
 def test_another_version_is_a_warning(tmp_path, run_alone):
     checkout = make_checkout(tmp_path / 'checkout', '0.9.0')
     result = run_alone('run', 'train.py', TIMM_SCRIPTS=str(checkout))
@@ -81,6 +83,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
         assert 'Traceback' not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_scripts_own_errors_are_shown_whole(tmp_path, run_alone):
     Path(tmp_path / 'train.py').write_text('raise ValueError("of the script")')
     result = run_alone('run', '--timm-scripts', tmp_path, 'train.py')

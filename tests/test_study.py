@@ -5,13 +5,15 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PageReader, run_cli, start_cli, two_processes, wait_for_checkpoints
+import torch
+from conftest import PageReader, run_cli, start_cli, wait_for_checkpoints
 from sklearn import metrics as sk
 
 from timm_densese.data.splits import read_split
@@ -64,6 +66,7 @@ def read(output):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_each_image_is_tested_once_by_models_that_never_saw_its_patient(whole):
     output, _ = whole
     rows = read(output)
@@ -77,6 +80,7 @@ def test_each_image_is_tested_once_by_models_that_never_saw_its_patient(whole):
         assert not trained_on & {row['group'] for row in rows if row['fold'] == fold}
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_predictions(whole):
     output, said = whole
     results = json.loads((output / 'metrics.json').read_text())
@@ -95,6 +99,7 @@ def test_scores_are_those_of_the_predictions(whole):
                                        - results['models'][MODELS[0]]['metrics']['balanced_accuracy']['value'])
 
 
+@pytest.mark.slow
 def test_page_and_tables(whole):
     output, _ = whole
     page = PageReader((output / 'report.html').read_text())
@@ -108,6 +113,7 @@ def test_page_and_tables(whole):
     assert {row['model'] for row in scores} == set(MODELS)
 
 
+@pytest.mark.slow
 def test_predict_uses_the_threshold_of_its_checkpoint(whole, images, tmp_path):
     output, _ = whole
     results = json.loads((output / 'metrics.json').read_text())
@@ -130,6 +136,7 @@ def test_predict_uses_the_threshold_of_its_checkpoint(whole, images, tmp_path):
     assert 'other weights' in refused.stderr
 
 
+@pytest.mark.slow
 def test_publish_takes_its_scores_with_a_checkpoint_of_its_best_model(whole, tmp_path):
     output, _ = whole
     results = json.loads((output / 'metrics.json').read_text())
@@ -158,11 +165,13 @@ def test_killed_at_three_random_moments_and_resumed_equals_an_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(images, whole, tmp_path, capfd):
-    capfd.readouterr()  # what was said before
-    two_processes(*command(images, tmp_path / 'two', *GOAL, '--subgroups', images / 'patients.csv'))
-    said = capfd.readouterr().out
-    assert said.count('runs: 2 models') == 1
+def test_two_processes_equal_one(images, whole, tmp_path):
+    args = map(str, command(images, tmp_path / 'two', *GOAL, '--subgroups', images / 'patients.csv'))
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'timm_densese',
+         *args], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('runs: 2 models') == 1
     assert_same_study(whole[0], tmp_path / 'two')
 
 
@@ -172,6 +181,7 @@ def assert_same_study(one, other):
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_same_command_goes_on_and_adds_models(images, whole, tmp_path):
     output, _ = whole
     before = {file: file.stat().st_mtime_ns for file in (output / 'runs').rglob('model_best.pth.tar')}
@@ -220,6 +230,7 @@ def test_a_run_that_fails_is_named_and_the_others_stand(images, tmp_path, monkey
     assert 'broken_net' in PageReader((tmp_path / 'out' / 'report.html').read_text()).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('options', 'said'), [
     (('--models', 'resnett18'), 'did you mean'),
     (('--models', 'resnet10t', 'resnet10t'), 'twice'),
@@ -247,6 +258,7 @@ def test_wrong_options_are_one_line_before_any_run(images, tmp_path, options, sa
     assert not (tmp_path / 'out' / 'runs').exists()
 
 
+@pytest.mark.slow
 def test_what_the_study_rests_on_may_not_change(images, whole, tmp_path):
     output = tmp_path / 'out'
     shutil.copytree(images / 'images', tmp_path / 'images')
@@ -269,6 +281,7 @@ def test_what_the_study_rests_on_may_not_change(images, whole, tmp_path):
     assert run_cli(*args).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_fold_that_lacks_a_class_is_refused_before_any_run(images, tmp_path):
     done = run_cli('study', images / 'images', '--models', MODELS[0], *OPTIONS, '--val', .02, '--output',
                    tmp_path / 'out')
@@ -291,6 +304,7 @@ def test_output_of_something_else_is_refused(images, tmp_path):
     assert [path.name for path in (tmp_path / 'mine').iterdir()] == ['thesis.txt']
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(images, tmp_path):
     process = start_cli(*command(images, tmp_path / 'out', '--epochs', 500), stderr=tmp_path / 'stderr.txt')
     wait_for_checkpoints(process, tmp_path / 'out')

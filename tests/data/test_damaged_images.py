@@ -3,6 +3,7 @@ import csv
 import re
 
 import numpy as np
+import pytest
 from conftest import run_cli, run_training
 from PIL import Image
 
@@ -37,6 +38,7 @@ def damage(folder):
     return readable, unreadable
 
 
+@pytest.mark.slow
 def test_damaged_images_from_split_to_prediction(trained, tmp_path):
     generate_images(tmp_path / 'images', per_class=14, size=40)
     readable, unreadable = damage(tmp_path / 'images' / 'spots')

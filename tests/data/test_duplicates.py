@@ -157,6 +157,7 @@ def spots(rng):
     return image_of(128 + 60 * np.sin(x) * np.sin(y) + rng.normal(0, 30, (128, 128, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('draw', [blobs, lesion, through_a_lens, page, watermarked, stripes, spots])
 def test_what_pictures_share_does_not_join_them(tmp_path, draw):
     rng = np.random.default_rng(0)
@@ -187,6 +188,7 @@ def test_known_copies_are_looked_at_once(tmp_path):
     assert found.plain == [3, 6]
 
 
+@pytest.mark.slow
 def test_the_same_images_give_the_same_result(tmp_path):
     pictures = [scene(seed, 96) for seed in range(5)]
     copies = [picture.rotate(turn) for picture in pictures for turn in (0, 9, 30)]

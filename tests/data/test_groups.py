@@ -37,6 +37,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tool', NAMES)
 @pytest.mark.parametrize('textured', [True, False], ids=['textured', 'plain'])
 def test_copies_that_tools_name(tmp_path, tool, textured):
@@ -59,6 +60,7 @@ def test_copies_that_tools_name(tmp_path, tool, textured):
     assert len(set(found.values())) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['{label} ({i})', 'crop_{i:03}', 'aug{i:02}', 'aug_{i}', 'IMG_20240101_{i:04}',
                                   '{label}_{i}_1', 'lesion_crop_{i}', 'img{i} - 1'])
 @pytest.mark.parametrize('draw', [picture, plain])
@@ -70,6 +72,7 @@ def test_numbers_are_no_copies(tmp_path, name, draw):
     assert len(set(groups(tmp_path).values())) == 20
 
 
+@pytest.mark.slow
 def test_names_that_the_pictures_refute_are_told(tmp_path, capsys):
     """Shots that are named as Keras names copies."""
     for k, label in enumerate('AB'):
@@ -104,6 +107,7 @@ def test_a_picture_of_two_patients_joins_them_and_is_told(tmp_path, capsys):
     assert 'WARNING: the same picture under two patients' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_class_of_copies_is_one_line(tmp_path):
     rng = random.Random(0)
     for label in ('Mpox', 'Others', 'more', 'other more'):
@@ -118,6 +122,7 @@ def test_a_class_of_copies_is_one_line(tmp_path):
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('sizes', 'test', 'message'), [
     ((1,) * 20, .2, ''),
     ((12, 12, 12), .2, 'NOTE: test has 24 of 72 images (33%), and 14 (20%) were asked for'),

@@ -206,6 +206,7 @@ def bombs(root):
     (root / 'screen.gif').write_bytes(gif)
 
 
+@pytest.mark.slow
 def test_small_files_take_no_gigabytes(tmp_path, run_alone):
     bombs(tmp_path)
     assert max(file.stat().st_size for file in tmp_path.iterdir()) < 1e6

@@ -55,6 +55,7 @@ def source(faults):
         server.server_close()
 
 
+@pytest.mark.slow
 @needs_msld
 def test_download_and_passing_faults(tmp_path, capsys):
     passing = {'Monkeypox/M01_01.jpg': [500, 503, 200], 'Others/NM01_01.jpg': ['truncated', 200],
@@ -71,6 +72,7 @@ def test_download_and_passing_faults(tmp_path, capsys):
         assert len({row['patient'] for row in csv.DictReader(file)}) == 162
 
 
+@pytest.mark.slow
 @needs_msld
 def test_download_says_what_failed_and_goes_on_from_there(tmp_path):
     lasting = {'Monkeypox/M01_01.jpg': [404], 'Others/NM01_01.jpg': ['wrong'], 'Monkeypox/M09_02.jpg': ['truncated']}

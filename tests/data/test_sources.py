@@ -122,6 +122,7 @@ def test_patients_from_folders(tmp_path):
     assert all(patient in file for file, patient in found.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('head', ['image_id,dx,lesion_id', 'Filename,Class,Patient'])
 def test_a_flat_folder_with_a_table_of_labels(tmp_path, capsys, head):
     """As HAM10000: two folders of parts, a metadata file of ids, and lesions that have several pictures."""
@@ -171,6 +172,7 @@ def test_class_folders_further_down(tmp_path, inner):
     assert f'{tmp_path / "src" / inner} (A 20, B 20)' in refusal(tmp_path / 'src')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('names', [('day0', 'day1'), ('left', 'right'), ('original', 'p2')])
 def test_folders_within_classes_are_no_classes(tmp_path, names):
     for k, name in enumerate(names):
@@ -198,6 +200,7 @@ def test_class_names_that_others_read_otherwise(tmp_path, classes, message):
 # Official test sets.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('train', 'test'), [('train', 'test'), ('Training', 'Testing'), ('TRAIN', 'test_set')])
 def test_an_official_test_set_stays_as_it_is(tmp_path, capsys, train, test):
     src = tmp_path / 'src'
@@ -253,6 +256,7 @@ def test_timm_reads_what_is_written_as_it_is_read_here(tmp_path, capsys):
         assert image.convert('RGB').getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.slow
 def test_copies_on_request(tmp_path, capsys):
     src = plain_images(tmp_path / 'src', 'AB')
     split_images(src, tmp_path / 'linked')

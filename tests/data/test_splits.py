@@ -76,6 +76,7 @@ def test_msld_split(tmp_path, capsys):
     assert hash_files(MSLD) == before
 
 
+@pytest.mark.slow
 def test_same_seed_same_split(tmp_path):
     src = folder_of_images(tmp_path / 'src')
     splits = []
@@ -121,6 +122,7 @@ def test_what_belongs_together_stays_together(tmp_path, capsys):
         assert report.size[1] > 500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['regex', 'groups'])
 def test_patients_from_names_or_a_table(tmp_path, how):
     src = folder_of_images(tmp_path / 'src', shots=3)
@@ -137,6 +139,7 @@ def test_patients_from_names_or_a_table(tmp_path, how):
     assert all(len(s) == 1 for s in patients.values())
 
 
+@pytest.mark.slow
 def test_folds_test_every_image_once(tmp_path):
     src = folder_of_images(tmp_path / 'src')
     images = split_images(src, tmp_path / 'out', val=.2, folds=4, group_regex=r'^(p\d+)-')
@@ -176,6 +179,7 @@ def test_folders_as_people_have_them(tmp_path, capsys):
     assert sum(row['error'] != '' and row['split'] == '' for row in rows) == 4
 
 
+@pytest.mark.slow
 def test_links_where_it_can(tmp_path):
     src = folder_of_images(tmp_path / 'src')
     split_images(src, tmp_path / 'out')
@@ -183,6 +187,7 @@ def test_links_where_it_can(tmp_path):
     assert len(linked) == 80
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access('/dev/shm', os.W_OK), reason='a second file system is missing: /dev/shm')
 def test_copies_where_it_cannot_link(tmp_path):
     src = folder_of_images(tmp_path / 'src')
@@ -195,6 +200,7 @@ def test_copies_where_it_cannot_link(tmp_path):
         assert {p.read_bytes() for p in copies} == {p.read_bytes() for p in src.rglob('*.png')}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(val=.6, test=.5), 'leave something to train on'),
     (dict(val=0, test=.97), 'too few for a share of 97%'),
@@ -223,6 +229,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, re
     assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'folder.png', 'src']
 
 
+@pytest.mark.slow
 def test_a_report_is_not_written_into_what_it_is_linked_to(tmp_path):
     """As an image of an earlier split is to its source."""
     src = folder_of_images(tmp_path / 'src')
@@ -290,6 +297,7 @@ def pictures():
 PICTURES = pictures()
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
                                                                    HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from('ab'), st.integers(0, 13), st.integers(0, 6), st.sampled_from(

@@ -16,6 +16,7 @@ def densenet():
     return trained_densenet('densenet121', **SMALL)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_damaged_checkpoint_is_refused_by_name_or_loads_exactly(densenet, data):

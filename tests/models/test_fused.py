@@ -21,6 +21,7 @@ from timm_densese import SE_PLACEMENTS
 from timm_densese.models.dense_block import DenseBlock
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 @torch.inference_mode()
 def test_fused_is_the_same_function(name):
@@ -227,6 +228,7 @@ def test_transforms():
     assert relative_error(torch.fx.symbolic_trace(fused.features)(x), fused.features(x)) < 1e-9
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fused_is_copied_saved_and_scripted():
     fused = reparameterize_model(trained())
@@ -346,6 +348,7 @@ def exported(tmp_path_factory):
         return file, x, fused(x)
 
 
+@pytest.mark.slow
 def test_onnx(exported):
     onnx = pytest.importorskip('onnx', reason='onnx is missing: pip install .[test]')
     runtime = pytest.importorskip('onnxruntime', reason='onnxruntime is missing: pip install .[test]')
@@ -357,6 +360,7 @@ def test_onnx(exported):
     assert not any('Scatter' in kind for kind in kinds)
 
 
+@pytest.mark.slow
 def test_openvino(exported):
     openvino = pytest.importorskip('openvino', reason='openvino is missing: pip install .[test]')
     file, x, expected = exported

@@ -57,6 +57,7 @@ def test_momentum_of_a_cumulative_average():
         linear.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tail', [None, 'norm', 'pool'])
 def test_gradcheck(tail):
     block = DenseBlock(densenet.DenseBlock(
@@ -83,6 +84,7 @@ def test_double_backward_says_that_it_does_not():
         grad.sum().backward()
 
 
+@pytest.mark.slow
 def test_float32_is_as_close_to_float64_as_timms():
     reference = create('se_densenet121', block_config=(6, 12, 24, 16), growth_rate=32)
     single = copy.deepcopy(reference).float()
@@ -98,6 +100,7 @@ def test_float32_is_as_close_to_float64_as_timms():
     assert worst[0] < 2 * worst[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'limit'), [('se_densenet121', 34), ('se_densenet201', 38.5)])
 def test_memory_saved_for_backward(name, limit):
     model = timm.create_model(name).train()
@@ -157,6 +160,7 @@ def test_a_bias_may_change_before_backward():
         assert relative_error(ours.grad, theirs.grad) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('placement', SE_PLACEMENTS)
 def test_meta_device(placement):
     with torch.device('meta'):
@@ -254,6 +258,7 @@ def test_saved_tensors_can_be_moved():
     assert_same_step(ours, step(plain, x))
 
 
+@pytest.mark.slow
 def test_two_processes():
     two_processes(function=forked.compare_gradients)
 
@@ -292,6 +297,7 @@ def test_single_pixels_raise_as_timms_do():
         model(images(1, size=32))
 
 
+@pytest.mark.slow
 def test_scripting_tracing_and_no_gradient():
     model = aside(dtype=torch.float32)
     x = images(2, dtype=torch.float32)
@@ -304,6 +310,7 @@ def test_scripting_tracing_and_no_gradient():
         assert relative_error(torch.jit.script(plain)(x), plain(x)) < 1e-6
 
 
+@pytest.mark.slow
 def test_cut_model_for_features():
     plain = create(block_config=(2, 3, 2, 2), features_only=True, out_indices=(0, 1, 2))
     linear = copy.deepcopy(plain)

@@ -31,6 +31,7 @@ def step(net, image):
 # The same outputs and the same training.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 @torch.inference_mode()
 def test_same_outputs_to_the_bit(name):
@@ -48,6 +49,7 @@ def test_same_outputs_to_the_bit(name):
         densenet.to(torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('attn_layer', ATTN_LAYERS)
 @pytest.mark.parametrize('gate_layer', GATE_LAYERS)
 @torch.inference_mode()
@@ -88,6 +90,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
 @pytest.mark.parametrize(('placement', 'attn_layer'), [
     *((placement, 'se') for placement in SE_PLACEMENTS), *(('layer', attn_layer) for attn_layer in ATTN_LAYERS[1:])])
@@ -212,6 +215,7 @@ def test_into_a_copy_and_a_pickled_model():
         assert torch.equal(model(image), densenet(image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('attn_layer', ATTN_LAYERS)
 @torch.inference_mode()
@@ -261,6 +265,7 @@ def torchvision_names(state_dict):
     return renamed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tag', ['se_densenet121.ra_in1k', 'se_densenet121.tv_in1k', 'se_densenetblur121d.ra_in1k',
                                  'se_densenet161.tv_in1k', 'se_densenet169.tv_in1k', 'se_densenet201.tv_in1k'])
 @torch.inference_mode()
@@ -396,6 +401,7 @@ def test_missing_repository_is_an_error(hub):
         timm.create_model('se_densenet121', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='timm/nothing'))
 
 
+@pytest.mark.slow
 def test_untrained_variant_says_so():
     with pytest.raises(RuntimeError, match='No pretrained weights exist'):
         timm.create_model('se_densenet264d', pretrained=True)

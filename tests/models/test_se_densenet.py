@@ -43,6 +43,7 @@ def test_registered_with_the_tags_of_their_densenets():
                 assert getattr(ours, field) == getattr(cfg, field), (name, tag, field)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', MODELS)
 def test_structure(name):
     densenet = timm.create_model(name[len('se_'):], device='meta')
@@ -94,6 +95,7 @@ def test_excitation_size():
     assert type(create(gate_layer='hard_sigmoid').features.se3.gate.gate).__name__ == 'Hardsigmoid'
 
 
+@pytest.mark.slow
 @placements
 @pytest.mark.parametrize('attn_layer', ATTN_LAYERS)
 def test_each_attention_trains_and_scripts(placement, attn_layer):
@@ -234,6 +236,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(placement):
 # Execution modes.
 
 
+@pytest.mark.slow
 @placements
 def test_torchscript(placement, tmp_path):
     model = create(se_placement=placement).eval()
@@ -250,6 +253,7 @@ def test_fx(placement):
         assert torch.equal(torch.fx.symbolic_trace(model)(IMAGE), model(IMAGE))
 
 
+@pytest.mark.slow
 @placements
 def test_export_with_a_dynamic_batch(placement):
     model = create(se_placement=placement, block_config=(1, 2)).eval()
@@ -263,6 +267,7 @@ def test_export_with_a_dynamic_batch(placement):
             assert torch.allclose(loaded(image), model(image), atol=1e-5)
 
 
+@pytest.mark.slow
 @placements
 def test_onnx(placement, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is missing: pip install .[test]')
@@ -313,6 +318,7 @@ def test_channels_last_and_autocast(placement):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 @placements
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 def test_device_and_dtype_at_creation(placement, dtype):

@@ -36,6 +36,7 @@ ABSURD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model_args', ABSURD, ids=lambda a: ','.join(a))
 def test_config_that_is_not_ours(model_args, tmp_path, hub):
     folder = tmp_path / 'model'

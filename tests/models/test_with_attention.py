@@ -38,6 +38,7 @@ def moved(base: str, **kwargs) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETS)
 def test_same_outputs_same_keys_and_the_rate_of_the_stage_it_follows(name):
     model = timm.create_model(name, num_classes=10, **LITTLE.get(name, {})).eval()
@@ -60,6 +61,7 @@ def test_same_outputs_same_keys_and_the_rate_of_the_stage_it_follows(name):
         assert group_modules(net, net.group_matcher(True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'attn_layer'), [
     *(('test_resnet', attn_layer) for attn_layer in ATTN_LAYERS), ('vgg11_bn', 'se'), ('mobilenetv3_small_050', 'se')])
 def test_steps_with_frozen_gates_are_the_plain_nets(name, attn_layer):
@@ -79,6 +81,7 @@ def test_steps_with_frozen_gates_are_the_plain_nets(name, attn_layer):
     assert all(torch.equal(v, trained[k]) for k, v in plain.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETS)
 def test_saved_and_loaded_like_a_model_of_timm(name, tmp_path):
     model = moved(name, **({} if name in ('vgg11_bn', 'densenet121') else {'drop_path_rate': .1}))
@@ -121,6 +124,7 @@ def test_added_by_hand_it_is_saved_as_the_registered_model(tmp_path):
         assert torch.equal(loaded(IMAGE), model(IMAGE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['resnet18', 'convnext_atto'])
 def test_starts_from_the_bases_weights(name, tmp_path):
     base = timm.create_model(name, num_classes=5).eval()
@@ -137,6 +141,7 @@ def test_starts_from_the_bases_weights(name, tmp_path):
             assert torch.equal(model.eval()(IMAGE), base(IMAGE))
 
 
+@pytest.mark.slow
 def test_a_base_with_a_tag_comes_from_the_hub(hub):
     base = timm.create_model('resnet18').eval()
     hub.put('timm/resnet18.a1_in1k', {'model.safetensors': safetensors.torch.save(base.state_dict())})
@@ -145,6 +150,7 @@ def test_a_base_with_a_tag_comes_from_the_hub(hub):
         assert torch.equal(model(IMAGE), base(IMAGE))
 
 
+@pytest.mark.slow
 def test_arguments_go_to_the_base():
     model = timm.create_model('with_attention', base='resnet18', in_chans=1, num_classes=2, global_pool='max',
                               attn_layer='cbam', rd_ratio=1 / 8)
@@ -177,6 +183,7 @@ def test_says_that_se_densenet_exists(caplog):
     assert 'se_densenet121 is this network with attention' in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'reason'), [
     ('vit_tiny_patch16_224', 'no entry of its feature_info is a module with a convolution'),
     ('swin_tiny_patch4_window7_224', 'its features are NHWC'),
@@ -216,6 +223,7 @@ def test_wrong_arguments(kwargs, reason):
         timm.create_model('with_attention', **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', [
     {'base': 'hf-hub:owner/name'}, {'base': '../resnet18'}, {'base': 'no_such_net'}, {'checkpoint_path': '/tmp/x.pth'},
     {'num_classes': 10 ** 9}, {'layers': [10 ** 5] * 4}, {'layers': [500] * 4}, {'nope': 1}, {'device': 'cpu'},
@@ -251,6 +259,7 @@ def own_features(published):
     return timm.create_model(f'local-dir:{published}', pretrained=True).eval().forward_features(IMAGE)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_its_own_weights_by_every_way_in(published, hub):
     """Also as timm's train.py gives them, which resolves the overlay into a whole cfg; classes apart."""
@@ -292,6 +301,7 @@ def test_entries_without_a_place_are_left_out(base, sites):
     assert timm.create_model('with_attention', base=base, device='meta').attn_sites == sites
 
 
+@pytest.mark.slow
 def test_what_the_base_takes_is_saved_and_loaded(tmp_path):
     tagged = timm.create_model('test_resnet', num_classes=5)
     tagged.pretrained_cfg['tag'] = 'of_somebody'

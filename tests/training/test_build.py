@@ -16,6 +16,7 @@ from timm_densese.training import TrainConfig, train
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('change', 'message'), [
     (lambda d: (d / 'val' / 'spots').rename(d / 'val' / 'dots'), r"\['spots', 'stripes'\] and \['dots', 'stripes'\]"),
     (lambda d: shutil.rmtree(d / 'val' / 'spots'), 'the same two or more classes'),
@@ -63,6 +64,7 @@ def test_a_checkpoint_of_another_architecture(small_split, another, tmp_path, ho
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_resumed(small_split, another, tmp_path):
     """Another architecture, another folder, a file without the optimizer, no checkpoint, no file, a finished run."""
     shutil.copytree(another.parent, tmp_path / 'run')
@@ -145,6 +147,7 @@ def test_a_net_with_attention_trains(small_split, tmp_path):
         run_training(small_split, tmp_path / 'no_base', model='with_attention', model_kwargs={})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', [
     dict(sched='step', decay_epochs=1),
     dict(sched='multistep', decay_milestones=[2]),
@@ -161,6 +164,7 @@ def test_schedules(small_split, tmp_path, options):
     assert rates == pytest.approx(expected.get(options['sched'], sorted(rates, reverse=True)))
 
 
+@pytest.mark.slow
 def test_no_network_is_said_within_seconds(small_split, tmp_path, run_alone):
     start = time.monotonic()
     process = run_alone('train', small_split, '-c', ROOT / 'configs' / 'msld.yaml', '--output', tmp_path / 'run',

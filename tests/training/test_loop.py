@@ -16,6 +16,7 @@ def data(tmp_path_factory):
     return write_split(tmp_path_factory.mktemp('data'), 30)
 
 
+@pytest.mark.slow
 def test_learns_and_leaves_files_that_timm_reads(data, tmp_path, capsys):
     result = run_training(data, tmp_path, epochs=10, lr=1e-2)
     assert result['classes'] == ['spots', 'stripes']
@@ -52,10 +53,11 @@ def torchrun(*args):
     assert result.returncode == 0, result.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('start', 'model'), [
     (two_processes, ('--model-kwargs', 'growth_rate=4', 'block_config=(2,2,2)')),
     (two_processes, ('--model', 'resnet10t')),  # plain nn.BatchNorm2d
-    pytest.param(torchrun, ('--model', 'resnet10t'), marks=pytest.mark.slow),
+    (torchrun, ('--model', 'resnet10t')),
 ])
 def test_two_processes_give_one_processes_metrics(data, tmp_path, start, model):
     args = ('train', data, '--epochs', 2, '--workers', 0, '--opt', 'sgd', '--lr', .005, '--img-size', 32, *model)
@@ -73,7 +75,7 @@ def test_two_processes_give_one_processes_metrics(data, tmp_path, start, model):
     dict(grad_checkpointing=True, channels_last=False, model_ema=False, class_weights=False),
     dict(no_aug=True, layer_decay=None, eval_metric='balanced_top1'),
     pytest.param(dict(torchcompile=True, model_kwargs=dict(growth_rate=4, block_config=(1,))), marks=pytest.mark.slow),
-    dict(model='resnet18', model_kwargs={}),
+    pytest.param(dict(model='resnet18', model_kwargs={}), marks=pytest.mark.slow),
 ])
 def test_options_train(small_split, tmp_path, options):
     result = run_training(small_split, tmp_path, **options)
@@ -82,6 +84,7 @@ def test_options_train(small_split, tmp_path, options):
     assert not any('_orig_mod' in key for key in load_saved(tmp_path)['state_dict'])
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_gradient_of_the_whole_batch(small_split, tmp_path):
     """On a net without batch norm, two half batches make the update of one batch."""
     states = []

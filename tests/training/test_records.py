@@ -45,6 +45,7 @@ def test_ten_kills_change_nothing(small_split, tmp_path):
     assert_same_training(tmp_path / 'whole', output)
 
 
+@pytest.mark.slow
 def test_resumed_with_another_number_of_workers(small_split, tmp_path):
     options = dict(drop=.3, model_kwargs=SMALL_RUN['model_kwargs'])
     run_training(small_split, tmp_path / 'whole', epochs=3, workers=1, **options)
@@ -69,6 +70,7 @@ def test_killed_between_its_two_checkpoints(small_split, tmp_path):
     assert load_saved(tmp_path)['epoch'] == 1
 
 
+@pytest.mark.slow
 def test_disk_full(small_split, small_disk, tmp_path):
     output = small_disk / 'run'
     run_training(small_split, output)
@@ -86,6 +88,7 @@ def test_disk_full(small_split, small_disk, tmp_path):
     assert [row['epoch'] for row in read_summary(moved)] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_two_trainings_into_one_folder(small_split, tmp_path):
     first = start_cli('train', small_split, *ARGS, '--workers', 0, '--epochs', 200, '--output', tmp_path)
     try:
@@ -116,6 +119,7 @@ def test_a_loss_that_is_no_number(small_split, tmp_path):
     assert not (tmp_path / 'jump' / 'last.pth.tar').exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(small_split, tmp_path):
     args = ('train', small_split, *ARGS, '--epochs', 400, '--workers', 0, '--output', tmp_path / 'run')
     process = start_cli(*args, stderr=tmp_path / 'stderr')
