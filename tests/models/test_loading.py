@@ -35,7 +35,7 @@ def step(net, image):
 @pytest.mark.parametrize('name', MODELS)
 @torch.inference_mode()
 def test_same_outputs_to_the_bit(name):
-    """Depth 121 whole, of the others two layers a block: the Hub's tests, below, load them whole."""
+    """Depth 121 whole, of the others two layers a block: those with weights are loaded whole from the Hub, below."""
     kwargs = {} if name == 'se_densenet121' else {'block_config': (2, 2, 2, 2)}
     densenet = trained_densenet(name[len('se_'):], **kwargs)
     image = torch.randn(2, 3, 64, 64)
