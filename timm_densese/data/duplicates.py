@@ -1,28 +1,15 @@
-"""Copies of one picture, found by local features: turned, mirrored, cropped, brightened, compressed.
+"""Copies of one picture: turned, mirrored, cropped, brightened, compressed.
 
-Four steps, each with its paper:
-
-1. SIFT describes up to 300 points of each image (Lowe 2004), compared as RootSIFT (Arandjelovic and Zisserman 2012).
-2. An inverted file proposes: points that look alike vote for a pair of images, by how far one is turned, zoomed and
-   shifted against the other (Lowe 2004), each by how much nearer it is than what else looks alike (Jegou et al. 2011).
-   An image asks as it is and mirrored. What finds no copy asks again, with all its points.
-3. Geometry decides: matched points must agree on one affine map (RANSAC, Fischler and Bolles 1981). A match of two SIFT
-   points says shift, turn and zoom, so each match is tried as the start, none is drawn at random (Philbin et al. 2007).
-4. The pixels confirm: under that map, most of what has texture in either image must be the same in both. A logo, a
-   ruler, dark corners or a line grid that different pictures share does not pass.
-
-Soft pictures have few points, and these are large. So each is described at half its size as well, and where too few
-agree, the map is improved by the pixels (Evangelidis and Psarakis 2008), which then must agree in more of the image.
+An inverted file of all images' local features proposes pairs: points that look alike vote for a pair, by how far one is
+turned, zoomed and shifted against the other (Lowe 2004), each by how much nearer it is than what else looks alike
+(Jegou et al. 2011). An image asks as it is and mirrored. Geometry and pixels decide (`features.py`). What finds no copy
+asks again, with all its points.
 
 What has no texture, or texture in one direction only, is left to bytes and names. `benchmarks/copies.py` measures all
 this.
 
-Lowe, Distinctive image features from scale-invariant keypoints, IJCV 2004. Arandjelovic and Zisserman, Three things
-everyone should know to improve object retrieval, CVPR 2012. Jegou, Douze and Schmid, Exploiting descriptor distances
-for precise image search, INRIA 2011. Fischler and Bolles, Random sample consensus, CACM 1981. Philbin et al., Object
-retrieval with large vocabularies and fast spatial matching, CVPR 2007. Evangelidis and Psarakis, Parametric image
-alignment using enhanced correlation coefficient maximization, PAMI 2008. Lindeberg, Feature detection with automatic
-scale selection, IJCV 1998.
+Lowe, Distinctive image features from scale-invariant keypoints, IJCV 2004. Jegou, Douze and Schmid, Exploiting
+descriptor distances for precise image search, INRIA 2011.
 """
 import os
 from collections.abc import Iterator, Sequence
@@ -36,22 +23,13 @@ import faiss
 import numpy as np
 from tqdm import tqdm  # comes with huggingface_hub
 
-from .images import read_image
+from .features import POINTS, SIDE, Features, count_inliers, describe, is_plain, mirror
 
 __all__ = ['CopiesFound', 'Copy', 'find_copies']
 
-_SIDE = 256  # images are brought to this many pixels squared; other lengths below are in these pixels
-_POINTS, _FEW = 300, 100  # points kept of an image; an image of fewer is soft
-_WINDOW = 33  # side of the square in which pixels are compared
-_TEXTURE = 4.  # grey levels of standard deviation in such a square, from which it has texture
-# Grey levels of gradient in it, in the direction that has less of it, and the share of the other direction's, squared,
-# from which it has texture in both.
-_CORNER, _ROUND = 1.5, .1
 _VOTES = 3  # votes that a pair needs
 # The votes' bins: 30 degrees, a factor of 2, and pixels, each taken together with its neighbour.
 _TURNS, _ZOOMS, _SHIFT = 12, 8, 40
-# Of a SIFT descriptor (4 x 4 places of 8 directions): which bin lies at a bin's place in the mirrored image.
-_MIRROR = np.arange(128).reshape(4, 4, 8)[::-1][..., -np.arange(8) % 8].ravel()
 
 
 class Copy(NamedTuple):
@@ -97,26 +75,7 @@ class _Search(NamedTuple):
 
 
 # Most copies are found by the first. What has found none asks again: of a text, each letter is like a thousand others.
-_SEARCHES = _Search(100, 10, 8, 10), _Search(_POINTS, 30, 16, 30)
-
-
-class _Features(NamedTuple):
-    """An image's points, strongest first, and its pixels.
-
-    Attributes:
-        xy: Where they are, (P, 2).
-        zoom: Logarithm to base 2 of their size, (P,).
-        turn: Their direction in radians, (P,).
-        descriptors: RootSIFT, scaled to 8 bits, (P, 128).
-        grey: The image of `_SIDE`² pixels as a JPEG, an eighth of the memory.
-        width: Its width.
-    """
-    xy: np.ndarray
-    zoom: np.ndarray
-    turn: np.ndarray
-    descriptors: np.ndarray
-    grey: np.ndarray
-    width: int
+_SEARCHES = _Search(100, 10, 8, 10), _Search(POINTS, 30, 16, 30)
 
 
 def find_copies(paths: Sequence[Path], *, known: Sequence[tuple[int, int]] = ()) -> CopiesFound:
@@ -168,7 +127,7 @@ def find_copies(paths: Sequence[Path], *, known: Sequence[tuple[int, int]] = ())
     pairs: list[Copy] = []
     tried: set[tuple[int, int, bool]] = set()
     with _one_opencv_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        described = pool.map(lambda i: _describe(paths[i]), firsts)
+        described = pool.map(lambda i: describe(paths[i]), firsts)
         features = dict(zip(firsts, tqdm(described, total=len(firsts), desc='local features', unit='image'),
                             strict=True))
         index = _Index([features[i] for i in firsts])
@@ -181,7 +140,7 @@ def find_copies(paths: Sequence[Path], *, known: Sequence[tuple[int, int]] = ())
                     row = [candidates[rank] for candidates in ranked if rank < len(candidates)]
                     new = sorted({(i, j, m) for i, j, m in row if root(i) != root(j)} - tried)
                     tried.update(new)
-                    inliers = pool.map(lambda pair: _verify(features[pair[0]], features[pair[1]], pair[2]), new)
+                    inliers = pool.map(lambda pair: count_inliers(features[pair[0]], features[pair[1]], pair[2]), new)
                     for (i, j, mirrored), count in zip(new, inliers, strict=True):
                         if count and root(i) != root(j):
                             pairs.append(Copy(i, j, count, mirrored))
@@ -189,7 +148,7 @@ def find_copies(paths: Sequence[Path], *, known: Sequence[tuple[int, int]] = ())
                     progress.update(len(row))
         linked = {i for pair in pairs for i in pair[:2]}
         alone = [i for i in firsts if i not in linked]
-        plain = {i for i, bare in zip(alone, pool.map(lambda i: _is_plain(features[i]), alone), strict=True) if bare}
+        plain = {i for i, bare in zip(alone, pool.map(lambda i: is_plain(features[i]), alone), strict=True) if bare}
     return CopiesFound(sorted(pairs), [i for i, first in enumerate(roots) if first in plain])
 
 
@@ -207,82 +166,10 @@ def _one_opencv_thread() -> Iterator[None]:
         cv2.setNumThreads(threads)
 
 
-def _describe(path: Path) -> _Features:
-    # The channels' mean: a brightened copy loses what is bright first, which in luma is the green that it mostly is.
-    image = read_image(path).convert('L', (1 / 3, 1 / 3, 1 / 3, 0))
-    zoom = _SIDE / (image.width * image.height) ** .5
-    width, height = (min(max(round(side * zoom), _SIDE // 8), _SIDE * 8) for side in image.size)
-    grey = cv2.resize(np.asarray(image), (width, height), interpolation=cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC)
-    # Blurred, for the finest points are noise, which a copy does not share. Many weak points, for skin has no strong
-    # ones; of these the large are the steadier.
-    sift, blurred = cv2.SIFT.create(1000, contrastThreshold=.01), _blur(grey)
-    points, descriptors = sift.detectAndCompute(blurred, None)
-    best = sorted(range(len(points)), key=lambda i: -points[i].response * points[i].size)[:_POINTS]
-    points, descriptors = [points[i] for i in best], descriptors[best] if best else np.empty((0, 128), np.float32)
-    if 0 < len(points) < _FEW:
-        # A soft picture's points are large: what they describe often ends outside a copy, and half of it does not.
-        halves = [_half(point) for point in points]
-        points, descriptors = points + halves, np.concatenate([descriptors, sift.compute(blurred, halves)[1]])
-    table = np.array([(*point.pt, np.log2(point.size), np.radians(point.angle)) for point in points], np.float32)
-    table = table.reshape(-1, 4)
-    root_sift = 512 * np.sqrt(descriptors / np.maximum(descriptors.sum(1, keepdims=True), 1))
-    return _Features(table[:, :2], table[:, 2], table[:, 3], root_sift.clip(0, 255).astype(np.uint8),
-                     cv2.imencode('.jpg', grey)[1], width)
-
-
-def _half(point: cv2.KeyPoint) -> cv2.KeyPoint:
-    """A point at half its size, which lies an octave lower; OpenCV has the octave in the first of four bytes."""
-    octave, rest = point.octave & 255, point.octave & ~255
-    lower = max(octave - (256 if octave > 127 else 0) - 1, -1)
-    x, y = point.pt
-    return cv2.KeyPoint(x, y, point.size / 2, point.angle, point.response, rest | lower & 255, point.class_id)
-
-
-def _is_plain(f: _Features) -> bool:
-    """Whether so little of an image has texture that its copies cannot be told from other images."""
-    image = np.asarray(cv2.imdecode(f.grey, cv2.IMREAD_GRAYSCALE), np.float32)
-    return bool(_corners(image).mean() < .12)
-
-
-def _corners(image: np.ndarray) -> np.ndarray:
-    """Where the window around a pixel has texture in both directions: an edge or a slope fits anywhere along itself.
-
-    The structure tensor's eigenvalues say so, of normalised derivatives at three scales (Lindeberg 1998).
-    """
-    corners = np.zeros(image.shape, bool)
-    for sigma in (2, 4, 8):
-        blurred = cv2.GaussianBlur(image, (0, 0), sigma)
-        x, y = (cv2.Sobel(blurred, cv2.CV_32F, *order, scale=sigma / 8) for order in ((1, 0), (0, 1)))
-        xx, xy, yy = (_window_mean(product) for product in (x * x, x * y, y * y))
-        middle, half = (xx + yy) / 2, np.hypot((xx - yy) / 2, xy)
-        corners |= middle - half > np.maximum(_CORNER ** 2, _ROUND * (middle + half))
-    return corners
-
-
-def _blur(image: np.ndarray) -> np.ndarray:
-    return cv2.GaussianBlur(image, (0, 0), 1)
-
-
-def _moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of the window around each pixel."""
-    mean = _window_mean(image)
-    return mean, (_window_mean(image * image) - mean * mean).clip(0)
-
-
-def _window_mean(image: np.ndarray) -> np.ndarray:
-    return cv2.blur(image, (_WINDOW, _WINDOW), borderType=cv2.BORDER_REFLECT)
-
-
-def _mirrored(f: _Features) -> _Features:
-    """The points as the mirror image has them; its pixels stay as they are."""
-    xy = np.stack([f.width - 1 - f.xy[:, 0], f.xy[:, 1]], 1)
-    return f._replace(xy=xy, turn=np.pi - f.turn, descriptors=f.descriptors[:, _MIRROR])
-
-
 class _Index:
     """The points of all images, by their descriptors."""
 
-    def __init__(self, features: Sequence[_Features]) -> None:
+    def __init__(self, features: Sequence[Features]) -> None:
         self.features = features
         self.ends = np.cumsum([len(f.descriptors) for f in features], dtype=np.int64)
         self.owner = np.repeat(np.arange(len(features)), np.diff(self.ends, prepend=0))
@@ -312,7 +199,7 @@ class _Index:
             asking = np.concatenate([np.arange(len(f.xy))[:search.points] + self.ends[i] - len(f.xy)
                                      for i, f in zip(images[start:], block, strict=False)])
             for mirrored in (False, True):
-                asked = [_mirrored(f) if mirrored else f for f in block]
+                asked = [mirror(f) if mirrored else f for f in block]
                 xy, turn, descriptors = (np.concatenate([getattr(f, name)[:search.points] for f in asked])
                                          for name in ('xy', 'turn', 'descriptors'))
                 distances, hits = self.inverted_file.search(descriptors.astype(np.float32), search.hits)
@@ -336,7 +223,16 @@ class _Index:
             hits: np.ndarray,
             pairs_each: int,
     ) -> Iterator[tuple[int, int, float]]:
-        """For each image that asks, the images with most points that look alike, turned and zoomed alike."""
+        """For each image that asks, the images for which most of its points vote, and their score.
+
+        Args:
+            asking: Numbers of the points that ask, (Q,).
+            xy: Where they are, (Q, 2), mirrored if so; `self.xy` is not.
+            turn: Their direction, the same.
+            distances: Of the points that look like them, squared (Q, hits).
+            hits: Numbers of these; -1 where there are fewer.
+            pairs_each: How many images to give for each that asks.
+        """
         owner = self.owner
         row, column = np.nonzero((hits >= 0) & (owner[hits] != owner[asking][:, None]))
         hit, ask = hits[row, column], asking[row]
@@ -345,7 +241,7 @@ class _Index:
         weights = 1 - distances[row, column] / np.maximum(farthest[row], 1)
         by, zoom = self.turn[hit] - turn[row], self.zoom[hit] - self.zoom[ask]
         # Where the middle of the one would lie in the other.
-        middle = ((_SIDE / 2 * (1 + 1j) - xy[row] @ (1, 1j)) * np.exp2(zoom) * np.exp(1j * by)
+        middle = ((SIDE / 2 * (1 + 1j) - xy[row] @ (1, 1j)) * np.exp2(zoom) * np.exp(1j * by)
                   + self.xy[hit] @ (1, 1j)) / _SHIFT
         cells = [np.floor(by / (2 * np.pi) * _TURNS), np.floor(zoom).clip(-3, 3) + 3,
                  np.floor(middle.real).clip(-8, 8) + 8, np.floor(middle.imag).clip(-8, 8) + 8]
@@ -367,98 +263,3 @@ class _Index:
         rank = np.arange(len(order)) - np.searchsorted(asker, asker[order])
         for k in order[rank < pairs_each]:
             yield int(asker[k]), int(found[k]), float(most[k])
-
-
-def _verify(a: _Features, b: _Features, mirrored: bool) -> int:
-    """Points that agree on an affine map under which the pixels agree as well; 0 if these are two pictures."""
-    if mirrored:
-        a = _mirrored(a)
-    x, y = (f.descriptors.astype(np.float32) for f in (a, b))
-    # OpenCV's product stays on this thread, where NumPy would start its own.
-    alike = np.asarray(cv2.gemm(x, y, 1, np.empty((0, 0), np.float32), 0, flags=cv2.GEMM_2_T))
-    nearest = alike.argmax(1)
-    i = np.flatnonzero(alike.argmax(0)[nearest] == np.arange(len(nearest)))  # each other's nearest
-    affine, inliers = _fit(a, b, i, nearest[i])
-    if affine is None:
-        return 0
-    # Of many matches more agree by chance (Brown and Lowe, IJCV 2007).
-    if inliers >= max(4, 3 + .12 * len(i)) and _same_pixels(a, b, mirrored, affine):
-        return inliers
-    # Soft pictures have few points, which do not say precisely how they lie: the pixels may still tell.
-    if min(len(a.xy), len(b.xy)) >= 2 * _FEW:
-        return 0
-    affine = _aligned(a, b, mirrored, affine)
-    return inliers if affine is not None and _same_pixels(a, b, mirrored, affine, soft=True) else 0
-
-
-def _places(xy: np.ndarray) -> int:
-    """How many of some points lie at places of their own."""
-    return len(np.unique(xy // 6, axis=0))
-
-
-def _fit(a: _Features, b: _Features, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray | None, int]:
-    """The affine map (2, 3) from points `i` of `a` to points `j` of `b` that most agree on, and how many."""
-    p, q = a.xy[i], b.xy[j]
-    zoom = b.zoom[j] - a.zoom[i]
-    x, y = p @ (1, 1j), q @ (1, 1j)
-    # Row k: how far match k's own shift, turn and zoom takes each point from where it should be.
-    similarity = np.exp2(zoom) * np.exp(1j * (b.turn[j] - a.turn[i]))
-    off = np.abs(similarity[:, None] * (x - x[:, None]) + y[:, None] - y)
-    agree = (off < 15).sum(1) * (np.abs(zoom) < 1.3)
-    best: tuple[np.ndarray | None, int] = None, 0
-    ones = np.ones((len(p), 1), np.float32)
-    for start in np.argsort(-agree, kind='stable')[:5]:
-        inside = off[start] < 15
-        for tolerance in (15, 10, 5, 5, 5):  # from a similarity to an affine map
-            if inside.sum() < 3:
-                break
-            affine = np.linalg.lstsq(np.hstack([p, ones])[inside], q[inside], rcond=None)[0].T
-            inside = np.linalg.norm(np.hstack([p, ones]) @ affine.T - q, axis=1) < tolerance
-        else:
-            large, small = np.linalg.svd(affine[:, :2], compute_uv=False)
-            plausible = np.linalg.det(affine[:, :2]) > 0 and small > .35 and large < min(2.8, 2 * small)
-            count = min(_places(p[inside]), _places(q[inside]))
-            if plausible and count > best[1]:
-                best = affine, count
-    return best
-
-
-def _pixels(f: _Features, mirrored: bool, flags: int = cv2.IMREAD_GRAYSCALE) -> np.ndarray:
-    image = np.asarray(cv2.imdecode(f.grey, flags), np.float32)
-    return np.ascontiguousarray(image[:, ::-1]) if mirrored else image
-
-
-def _aligned(a: _Features, b: _Features, mirrored: bool, affine: np.ndarray) -> np.ndarray | None:
-    """An affine map near a given one under which the images correlate best (ECC, Evangelidis and Psarakis 2008)."""
-    x, y = _pixels(a, mirrored, cv2.IMREAD_REDUCED_GRAYSCALE_4), _pixels(b, False, cv2.IMREAD_REDUCED_GRAYSCALE_4)
-    start = affine * (1, 1, 1 / 4)
-    overlap = cv2.warpAffine(np.ones_like(x), start, y.shape[::-1]) > .9
-    moved = cv2.warpAffine(x, start, y.shape[::-1])
-    if overlap.mean() < .3 or np.corrcoef(moved[overlap], y[overlap])[0, 1] < .5:
-        return None
-    try:
-        _, back = cv2.findTransformECC(
-            y, x, cv2.invertAffineTransform(start).astype(np.float32), cv2.MOTION_AFFINE,
-            (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 1e-4), overlap.astype(np.uint8), 3)
-    except cv2.error:  # it does not converge
-        return None
-    return cv2.invertAffineTransform(back) * (1, 1, 4)
-
-
-def _same_pixels(a: _Features, b: _Features, mirrored: bool, affine: np.ndarray, soft: bool = False) -> bool:
-    """Whether the images agree where they overlap under a map from `a`, mirrored if so, to `b`.
-
-    Soft ones must agree in more of it, and have texture in both directions.
-    """
-    x, y = _pixels(a, mirrored), _pixels(b, False)
-    size = y.shape[::-1]
-    overlap = cv2.warpAffine(np.ones_like(x), affine, size)
-    covered = max(overlap.mean(), overlap.sum() / np.linalg.det(affine[:, :2]) / x.size)  # of the one that has less
-    x, y = _blur(cv2.warpAffine(x, affine, size, borderMode=cv2.BORDER_REPLICATE)), _blur(y)
-    (mean_x, var_x), (mean_y, var_y) = _moments(x), _moments(y)
-    textured = (_window_mean(overlap) > .9) & (np.maximum(var_x, var_y) > _TEXTURE ** 2)
-    alike = (_window_mean(x * y) - mean_x * mean_y) / np.sqrt(var_x * var_y + 1) > .8
-    # The less they overlap, the more of it must agree: what different pictures share is a small part of both.
-    least = max(.6, 1.4 - 1.1 * covered) + (.1 if soft else 0)
-    enough = textured & (_corners(x) | _corners(y)) if soft else textured
-    return bool(enough.sum() > .1 * overlap.sum() and alike[textured].mean() > least)
