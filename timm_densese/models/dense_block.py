@@ -17,7 +17,7 @@ from timm.layers import BatchNormAct2d
 from timm.models import densenet
 from torch.autograd import forward_ad
 
-from .fused import FusedDenseBlock, NormConv, fold_after
+from .fused import FusedDenseBlock, FusedReLU, NormConv, fold_after
 from .linear_memory import normalise, restore, run
 from .plain import (
     has_autocast,
@@ -211,7 +211,7 @@ class DenseFeatures(nn.Sequential):
                 and is_plain_norm(module) and same_dtype_and_device(nn.ModuleList([previous, module]))
             ):
                 self[list(self).index(previous)] = fold_after(previous, module)
-                setattr(self, name, nn.ReLU(inplace=True).train(module.training))
+                setattr(self, name, FusedReLU(inplace=True).train(module.training))
             elif isinstance(module, DenseBlock):
                 setattr(self, name, module.fuse())
             elif is_plain_transition(module) and same_dtype_and_device(module):

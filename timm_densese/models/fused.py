@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .plain import has_global_hooks, has_hooks, is_transformed
 from .pointwise import affine_relu, relu_
 
-__all__ = ['FusedDenseBlock', 'NormConv', 'fold_after']
+__all__ = ['FusedDenseBlock', 'FusedReLU', 'NormConv', 'fold_after']
 
 
 def _scale_shift(norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -42,6 +42,24 @@ def fold_after(conv: Any, norm: Any) -> nn.Conv2d:
     return fused.train(conv.training)
 
 
+@torch.jit.ignore
+def _is_only_run(x: torch.Tensor) -> bool:
+    """Tell whether operators on this only run: no gradient, compiler, tracer or transform looks at them."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x))
+
+
+@torch.jit.ignore
+def _relu_(x: torch.Tensor) -> torch.Tensor:
+    return relu_(x) if _is_only_run(x) else x.relu_()
+
+
+class FusedReLU(nn.ReLU):
+    """ReLU in place, in the quickest way where nothing looks at the operators."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.relu_() if torch.jit.is_scripting() else _relu_(x)
+
+
 class NormConv(nn.Module):
     """conv(relu(norm(x))) for a 1x1 convolution and running statistics; optionally averages over 2x2 pixels between."""
 
@@ -57,7 +75,8 @@ class NormConv(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # As a batch norm: ONNX Runtime runs it faster than a product and a sum.
         mean, var = torch.zeros_like(self.shift), torch.ones_like(self.scale)
-        x = F.batch_norm(x, mean, var, self.scale, self.shift, False, 0., 0.).relu_()
+        x = F.batch_norm(x, mean, var, self.scale, self.shift, False, 0., 0.)
+        x = x.relu_() if torch.jit.is_scripting() else _relu_(x)
         if self.pool:  # before the convolution, which has a quarter of the work then: the two commute
             x = F.avg_pool2d(x, 2)
         return self.conv(x)
@@ -144,7 +163,7 @@ class FusedDenseBlock(nn.Module):
     @torch.jit.ignore
     def _read_layers(self, x: torch.Tensor) -> Optional[List[Any]]:
         """Give what each layer computes with, or None where the layers are to be called."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(x) or has_global_hooks():
+        if not _is_only_run(x) or has_global_hooks():
             return None
         layers = [_read_layer(layer) for layer in self.layers]
         return None if None in layers else layers
@@ -161,9 +180,11 @@ class FusedDenseBlock(nn.Module):
         # A convolution on a CPU reorders its weights on every call. For few pixels that takes longer than its kernel
         # saves against that of a matrix product.
         is_product = x.device.type == 'cpu' and len(pixels) <= 1024
-        for scale, shift, weight1, bias1, weight2, se in layers:
-            if scale.dtype != x.dtype:  # autocast
-                scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+        small = [t for scale, shift, _, bias1, *_ in layers for t in (scale, shift, bias1)]
+        if any(t.dtype != x.dtype for t in small):  # autocast, for which one copy is as slow as all in one
+            small = list(torch.cat(small).to(x.dtype).split([len(t) for t in small]))
+        for i, (_, _, weight1, _, weight2, se) in enumerate(layers):
+            scale, shift, bias1 = small[3 * i:3 * i + 3]
             y = affine_relu(pixels.narrow(1, 0, end), scale, shift)
             if is_product:
                 y = F.linear(y, weight1.flatten(1), bias1).view(batch_size, height, width, -1).permute(0, 3, 1, 2)
