@@ -167,14 +167,42 @@ def test_what_pictures_share_does_not_join_them(tmp_path, draw):
     assert draw is stripes or not found.plain  # without their noise, stripes fit anywhere along themselves
 
 
+def test_soft_pictures(tmp_path):
+    """Their few points are large, and what these describe ends outside a copy."""
+    rng = np.random.default_rng(0)
+    pictures = [image_of(smooth(rng, 160, 6) * .4 + 60) for _ in range(20)]
+    paths = save(tmp_path, [image for picture in pictures for image in (picture, ImageOps.mirror(picture).rotate(25))])
+    pairs = {pair[:2] for pair in find_copies(paths).pairs}
+    assert pairs <= {(2 * i, 2 * i + 1) for i in range(20)}
+    assert len(pairs) >= 15  # without halves of points and alignment, 5
+
+
+def test_black_corners_are_no_picture(tmp_path):
+    """Soft pictures, all turned by one angle and cropped: their black corners are the same."""
+    rng = np.random.default_rng(0)
+    pictures = [image_of(smooth(rng, 160, 6) * .4 + 60) for _ in range(20)]
+    assert not find_copies(save(tmp_path, [image.crop((20, 8, 150, 140)).rotate(30) for image in pictures])).pairs
+
+
+def test_pages_of_one_form(tmp_path):
+    """Each of their letters looks like a thousand others."""
+    rng = np.random.default_rng(0)
+    pages = [page(rng) for _ in range(25)]
+    copies = [noisy(image.rotate(17 + i)) for i, image in enumerate(pages[:5])]
+    assert [pair[:2] for pair in find_copies(save(tmp_path, [*pages, *copies])).pairs] == [
+        (i, len(pages) + i) for i in range(len(copies))]
+
+
 def test_what_has_no_texture_is_listed(tmp_path):
     rng = np.random.default_rng(0)
     colour = Image.new('RGB', (100, 80), 'teal')
+    turned = [colour.rotate(turn) for turn in (10, 40)]  # straight edges and four corners
     grain = image_of(rng.normal(128, 2, (80, 100, 3)))
     slope = image_of(np.broadcast_to(np.linspace(100, 130, 100)[:, None], (80, 100, 3)))
-    found = find_copies(save(tmp_path, [scene(0), colour, grain, colour, slope, Image.new('L', (1, 1)), scene(0)]))
-    assert found.plain == [1, 2, 3, 4, 5]
-    assert [(pair.first, pair.second) for pair in found.pairs] == [(0, 6)]
+    images = [scene(0), colour, grain, colour, slope, *turned, Image.new('L', (1, 1)), scene(0)]
+    found = find_copies(save(tmp_path, images))
+    assert found.plain == [1, 2, 3, 4, 5, 6, 7]
+    assert [(pair.first, pair.second) for pair in found.pairs] == [(0, 8)]
 
 
 def test_known_copies_are_looked_at_once(tmp_path):
