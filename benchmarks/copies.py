@@ -243,15 +243,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', type=Path, default=Path('../shared/data/msld'), help='folder of class folders')
     parser.add_argument('--growth', action='store_true', help='measure time and memory, and keep the other rows')
+    parser.add_argument('--seed', type=int, default=0, help='other than 0: copies and drawn pictures that no threshold '
+                                                           'was chosen on')
     args = parser.parse_args()
     file = RESULTS / 'copies.json'
     record = json.loads(file.read_text()) if file.exists() else {}
     rows: list[dict[str, Any]] = []
+    part = 'growth' if args.growth else 'held_out' if args.seed else 'families'
 
     def keep(rows: list[dict[str, Any]]) -> None:
         print_table(rows)
-        save('copies', {**{key: record.get(key) for key in ('families', 'growth')},
-                        'growth' if args.growth else 'families': rows})
+        save('copies', {**{key: record.get(key) for key in ('families', 'held_out', 'growth')}, part: rows})
 
     with tempfile.TemporaryDirectory() as folder:
         if args.growth:
@@ -267,11 +269,11 @@ def main() -> None:
             families = {'MSLD': (lambda: (np.array(read_image(path)) for path in sources),
                                  [SAME_PICTURE.get(patient, patient) for patient in patients])} if sources else {}
             for draw in (text, dermoscopy, lesion, flat, patterns):
-                rng = np.random.default_rng(1)
+                rng = np.random.default_rng(1 + 1000 * args.seed)
                 families[draw.__name__] = (lambda draw=draw, rng=rng: (draw(rng) for _ in range(DRAWN)),
                                            [str(i) for i in range(DRAWN)])
             for name, (originals, subjects) in families.items():
-                paths = write(Path(folder, name), originals())
+                paths = write(Path(folder, name), originals(), args.seed)
                 rows += [{'family': name, **measure(method, paths, subjects)} for method in METHODS]
                 keep(rows)
 

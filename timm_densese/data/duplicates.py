@@ -235,6 +235,10 @@ class _Index:
         """
         owner = self.owner
         row, column = np.nonzero((hits >= 0) & (owner[hits] != owner[asking][:, None]))
+        images = len(self.features)
+        _, place, counts = np.unique(owner[asking][row] * images + owner[hits[row, column]],
+                                     return_inverse=True, return_counts=True)
+        row, column = (values[counts[place] >= _VOTES] for values in (row, column))  # most pairs share a point or two
         hit, ask = hits[row, column], asking[row]
         # Where all hits are as far, as those of a logo on every page, they say little (Jegou et al. 2011).
         farthest = np.where(hits >= 0, distances, 0).max(1)
@@ -249,7 +253,7 @@ class _Index:
         # What a copy's points say lies in one bin or in the next: each votes in both.
         bins = np.concatenate([(((turns + t) % _TURNS * _ZOOMS + zooms + z) * 18 + x + u) * 18 + y + v
                                for t in (0, 1) for z in (0, 1) for u in (0, 1) for v in (0, 1)])
-        images, size = len(self.features), _TURNS * _ZOOMS * 18 * 18
+        size = _TURNS * _ZOOMS * 18 * 18
         keys, place, counts = np.unique(np.tile(owner[ask] * images + owner[hit], 16) * size + bins,
                                         return_inverse=True, return_counts=True)
         enough = counts >= _VOTES

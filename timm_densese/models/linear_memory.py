@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.variable import Variable
 
 from .plain import has_autocast
-from .pointwise import affine_relu, relu_
+from .pointwise import affine_relu, relu_, relu_backward_
 
 __all__ = ['normalise', 'restore', 'run']
 
@@ -193,7 +193,7 @@ class _Features:
         """
         channels = grad.shape[1]
         x_hat = self.x_hat[:, :channels]
-        torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad)
+        relu_backward_(grad, out)
         # In a batch norm's backward pass the two sums are one kernel, which needs a dense copy.
         _, grad_weight, grad_bias = _norm_backward(
             grad, out.copy_(x_hat), self.invstd[:channels].new_ones(channels), self.eps, [False, True, True])
@@ -300,7 +300,7 @@ class _Layer(Function):
         scale, dtype = weight2 * invstd, bottleneck.dtype
         out = affine_relu(bottleneck, _channels(scale, dtype), _channels(bias2 - mean * scale, dtype))
         grad, grad_conv2 = _conv_backward(grad, out, conv2, layer.conv2, needs[8])
-        torch.ops.aten.threshold_backward.grad_input(grad, out, 0, grad_input=grad)
+        relu_backward_(grad, out)
         grad, grad_weight2, grad_bias2 = torch.ops.aten.native_batch_norm_backward(
             grad, bottleneck, weight2, None, None, mean, invstd, True, layer.norm2.eps, [True, needs[6], needs[7]])
         out = features.read(ctx.channels, weight1, bias1, scratch=True)

@@ -4,7 +4,7 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 
-__all__ = ['affine_relu', 'relu_']
+__all__ = ['affine_relu', 'relu_', 'relu_backward_']
 
 # Minus infinity read as an integer. Above it, among the negative integers, are the negative NaNs alone.
 _MINUS_INFINITY = {torch.bfloat16: -128, torch.float16: -1024}
@@ -26,6 +26,23 @@ def relu_(x: torch.Tensor) -> torch.Tensor:
         return x.relu_()
     F.threshold(x.view(torch.int16), _MINUS_INFINITY[x.dtype], 0, inplace=True)
     return x
+
+
+def relu_backward_(grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Compute the gradient before a ReLU, in place of that after it; of 16 bits read as integers, as above.
+
+    Args:
+        grad: Gradient of `out`.
+        out: What the ReLU gave; what follows from a NaN in it is not defined.
+
+    Returns:
+        grad.
+    """
+    g, y = grad, out
+    if grad.dtype in _MINUS_INFINITY and grad.device.type == 'cpu':
+        g, y = grad.view(torch.int16), out.view(torch.int16)
+    torch.ops.aten.threshold_backward.grad_input(g, y, 0, grad_input=g)
+    return grad
 
 
 def affine_relu(
