@@ -236,6 +236,9 @@ def _same_pixels(a: Features, b: Features, mirrored: bool, affine: np.ndarray, s
     alike = (_window_mean(x * y) - mean_x * mean_y) / np.sqrt(var_x * var_y + 1) > .8
     # The less they overlap, the more of it must agree: what different pictures share is a small part of both.
     least = max(.6, 1.4 - 1.1 * covered) + (.1 if soft else 0)
+    if textured.sum() <= .1 * overlap.sum() or alike[textured].mean() <= least:
+        return False
     corners = textured & (_corners(x) | _corners(y))  # so without the edges of black corners, which agree in all copies
-    enough, some = (corners if soft else textured).sum() > .1 * overlap.sum(), corners.sum() > .05 * overlap.sum()
-    return bool(enough and alike[textured].mean() > least and (not some or alike[corners].mean() > least))
+    if corners.sum() <= .05 * overlap.sum():
+        return not soft
+    return bool(alike[corners].mean() > least and (not soft or corners.sum() > .1 * overlap.sum()))
