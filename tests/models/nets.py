@@ -94,3 +94,13 @@ def trained(name='se_densenet121', **kwargs):
                 m.weight[::7] = 0
                 m.weight[1::7] *= 1e-9
     return model
+
+
+class Plus(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return 2 * x
