@@ -131,10 +131,10 @@ def find_copies(paths: Sequence[Path], *, known: Sequence[tuple[int, int]] = ())
         features = dict(zip(firsts, tqdm(described, total=len(firsts), desc='local features', unit='image'),
                             strict=True))
         index = _Index([features[i] for i in firsts])
+        alone = list(range(len(firsts)))  # places in `firsts` of what has found no copy
         for search in _SEARCHES:
-            linked = {i for pair in pairs for i in pair[:2]}
             ranked = [[(firsts[i], firsts[j], mirrored) for i, j, mirrored in row]
-                      for row in index.propose([k for k, i in enumerate(firsts) if i not in linked], search)]
+                      for row in index.propose(alone, search)]
             with tqdm(total=sum(map(len, ranked)), desc='copies', unit='pair') as progress:
                 for rank in range(search.pairs):  # the likeliest first: what these link need not be tried again
                     row = [candidates[rank] for candidates in ranked if rank < len(candidates)]
@@ -146,9 +146,10 @@ def find_copies(paths: Sequence[Path], *, known: Sequence[tuple[int, int]] = ())
                             pairs.append(Copy(i, j, count, mirrored))
                             link(i, j)
                     progress.update(len(row))
-        linked = {i for pair in pairs for i in pair[:2]}
-        alone = [i for i in firsts if i not in linked]
-        plain = {i for i, bare in zip(alone, pool.map(lambda i: is_plain(features[i]), alone), strict=True) if bare}
+            linked = {i for pair in pairs for i in pair[:2]}
+            alone = [k for k in alone if firsts[k] not in linked]
+        bare = pool.map(lambda k: is_plain(features[firsts[k]]), alone)
+        plain = {firsts[k] for k, is_bare in zip(alone, bare, strict=True) if is_bare}
     return CopiesFound(sorted(pairs), [i for i, first in enumerate(roots) if first in plain])
 
 
@@ -210,7 +211,7 @@ class _Index:
         ranked: dict[int, list[tuple[int, int, bool]]] = {i: [] for i in images}
         for pair in sorted(votes, key=lambda pair: (-votes[pair], pair)):
             for i in pair[:2]:
-                if len(ranked.get(i, range(search.pairs))) < search.pairs:
+                if i in ranked and len(ranked[i]) < search.pairs:
                     ranked[i].append(pair)
         return list(ranked.values())
 
