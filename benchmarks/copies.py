@@ -1,13 +1,9 @@
 """Copies of one picture: what find_copies finds and what it wrongly joins, beside a perceptual hash.
 
-On MSLD 99.1% of 912 images are found with no false pair, on text 99.0% with none, on dermoscopy and lesions 100% with
-none; the hash finds 0.4%, 0%, 0% and 1.5%. Of the flat family half is called plain, and of the rest 74% are found; of
-patterns 87%, with one false pair. 58 ms of one core an image of MSLD. One run, on a 2-core AMD EPYC with OpenCV 5.0.0
-and FAISS 1.15.1. Thresholds were chosen on these very copies of MSLD and text: on other copies, drawn with seed 77
-after that, 98.7% of MSLD and 97.8% of text are found, with no false pair. 10,000 drawn scenes take 236 s and 1.8 GB on
-2 cores (1,000: 24 s, 0.9 GB), all found and no false pair.
+docs/data.md has the figures.
 
     python benchmarks/copies.py                     # MSLD in ../shared/data/msld; without it, drawn pictures only
+    python benchmarks/copies.py --seed 5            # other copies and pictures than thresholds were chosen on
     python benchmarks/copies.py --growth            # seconds and peak memory of 1,000, 3,000 and 10,000 images
 
 Each picture gets three copies as Keras' ImageDataGenerator makes them: turned by up to 45 degrees, zoomed by 0.8 to
