@@ -144,13 +144,13 @@ def scene(rng: np.random.Generator, size: int = 224) -> np.ndarray:
     return finish(image, rng, 3)
 
 
-def write(folder: Path, originals: Iterator[np.ndarray], seed: int = 0) -> list[Path]:
+def write(folder: Path, originals: Iterator[np.ndarray], seed: int = 0, copies: int = COPIES) -> list[Path]:
     """Write pictures, each followed by its copies."""
     folder.mkdir()
     rng = np.random.default_rng(seed)
     paths = []
     for i, original in enumerate(originals):
-        for k in range(COPIES + 1):
+        for k in range(copies + 1):
             path = folder / f'{i:05}_{k}.{"jpg" if rng.integers(2) else "png"}'
             image = Image.fromarray(augment(original, rng) if k else original)
             image.save(path, quality=int(rng.integers(75, 96)))  # PNG takes no notice of it
@@ -183,7 +183,7 @@ METHODS: dict[str, Callable[[Sequence[Path]], tuple[list[tuple[int, int]], list[
     'local features': by_features, 'perceptual hash': by_hash}
 
 
-def measure(method: str, paths: Sequence[Path], subjects: Sequence[str]) -> dict[str, Any]:
+def measure(method: str, paths: Sequence[Path], subjects: Sequence[str], copies: int = COPIES) -> dict[str, Any]:
     """Score one method on files of which each original stands before its copies.
 
     Args:
@@ -197,12 +197,12 @@ def measure(method: str, paths: Sequence[Path], subjects: Sequence[str]) -> dict
     edges = np.array(pairs).reshape(-1, 2)
     graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(paths), len(paths)))
     group = connected_components(graph, directed=False)[1]
-    original = np.arange(len(paths)) // (COPIES + 1)
+    original = np.arange(len(paths)) // (copies + 1)
     subject = np.unique(subjects, return_inverse=True)[1][original]
     family = group * len(paths) + original
     found = np.bincount(np.unique(family, return_inverse=True)[1])[np.unique(family, return_inverse=True)[1]] > 1
     judged = np.setdiff1d(np.arange(len(paths)), plain)
-    whole = np.mean([len(set(row)) == 1 for row in group.reshape(-1, COPIES + 1)])
+    whole = np.mean([len(set(row)) == 1 for row in group.reshape(-1, copies + 1)])
 
     def count(key: np.ndarray) -> int:
         sizes = np.unique(key, return_counts=True)[1]
@@ -212,15 +212,16 @@ def measure(method: str, paths: Sequence[Path], subjects: Sequence[str]) -> dict
     false = count(group) - count(group * len(paths) + subject)
     names = sorted({tuple(sorted((subjects[original[i]], subjects[original[j]]))) for i, j in pairs
                     if subject[i] != subject[j]})
-    return {'method': method, 'images': len(paths), 'plain': len(plain), 'recall': float(found[judged].mean()),
+    return {'method': method, 'images': len(paths), 'plain': len(plain),
+            'recall': float(found[judged].mean()) if copies else None,
             'whole': float(whole), 'false_pairs': false, 'different_pairs': different,
             'largest_group': max(Counter(group.tolist()).values()), 'seconds': seconds, 'cpu_seconds': cpu,
             'false_subjects': names[:20]}
 
 
-def grow(paths: Sequence[Path]) -> dict[str, Any]:
+def grow(paths: Sequence[Path], copies: int) -> dict[str, Any]:
     """Seconds, score and peak memory, in a process of its own."""
-    result = measure('local features', paths, [str(i) for i in range(len(paths) // (COPIES + 1))])
+    result = measure('local features', paths, [str(i) for i in range(len(paths) // (copies + 1))], copies)
     return {**result, 'peak_mb': status('VmHWM') / 1e6}
 
 
@@ -229,7 +230,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
           'largest group | seconds | CPU seconds | peak MB |\n|---|---|---|---|---|---|---|---|---|---|---|')
     for row in rows:
         rate = 1e4 * row['false_pairs'] / row['different_pairs']
-        print(f'| {row["family"]} | {row["method"]} | {row["images"]:,} | {row["plain"]} | {row["recall"]:.1%} | '
+        recall = '' if row['recall'] is None else f'{row["recall"]:.1%}'
+        print(f'| {row["family"]} | {row["method"]} | {row["images"]:,} | {row["plain"]} | {recall} | '
               f'{row["whole"]:.1%} | {rate:.2f} ({row["false_pairs"]}) | {row["largest_group"]} | '
               f'{row["seconds"]:.0f} | {row["cpu_seconds"]:.0f} | {row.get("peak_mb", 0):.0f} |')
 
@@ -253,12 +255,14 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         if args.growth:
-            rng = np.random.default_rng(0)
-            paths = write(Path(folder, 'scene'), (scene(rng) for _ in range(SIZES[-1] // (COPIES + 1))))
-            for size in SIZES:
-                with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as fresh:
-                    rows.append({'family': 'drawn scenes', **fresh.submit(grow, paths[:size]).result()})
-                keep(rows)
+            for name, copies in (('scenes', COPIES), ('scenes without a copy', 0)):
+                rng = np.random.default_rng(0)
+                scenes = (scene(rng) for _ in range(SIZES[-1] // (copies + 1)))
+                paths = write(Path(folder, name), scenes, copies=copies)
+                for size in SIZES:
+                    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as fresh:
+                        rows.append({'family': name, **fresh.submit(grow, paths[:size], copies).result()})
+                    keep(rows)
         else:
             sources = sorted(args.data.glob('*/*.jpg'))
             patients = [re.sub(r'_\d+$', '', path.stem) for path in sources]

@@ -1,6 +1,7 @@
 """Publishing and loading with the real client, against a Hub on this machine."""
 import argparse
 import json
+import shutil
 
 import pytest
 import safetensors.torch
@@ -312,7 +313,10 @@ def test_token_appears_nowhere(tmp_path, hub, run_alone):
 @pytest.mark.slow
 @needs_msld
 def test_msld_is_recognised_by_its_images(tmp_path, owner):
-    split_images(MSLD, tmp_path / 'split')
+    for file in (file for folder in MSLD.iterdir() if folder.is_dir() for file in sorted(folder.iterdir())[:20]):
+        (tmp_path / 'some' / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / 'some' / file.parent.name)
+    split_images(tmp_path / 'some', tmp_path / 'split')
     net = timm.create_model('se_densenet121', num_classes=2, **SMALL)
     checkpoint, _ = save_run(tmp_path / 'run', net, args={'class_names': None, 'data_dir': str(tmp_path / 'split')})
     publish(checkpoint, 'owner/msld')

@@ -164,7 +164,8 @@ def test_what_pictures_share_does_not_join_them(tmp_path, draw):
     images = [draw(rng) for _ in range(16)]
     found = find_copies(save(tmp_path, [*images, images[3].transpose(Image.Transpose.ROTATE_90)]))
     assert [(pair.first, pair.second) for pair in found.pairs] == [(3, 16)]
-    assert draw is stripes or not found.plain  # without their noise, stripes fit anywhere along themselves
+    # Without their noise, stripes fit anywhere along themselves; blobs are too soft for all copies to be found.
+    assert draw in (stripes, blobs) or not found.plain
 
 
 def test_soft_pictures(tmp_path):
@@ -172,9 +173,11 @@ def test_soft_pictures(tmp_path):
     rng = np.random.default_rng(0)
     pictures = [image_of(smooth(rng, 160, 6) * .4 + 60) for _ in range(20)]
     paths = save(tmp_path, [image for picture in pictures for image in (picture, ImageOps.mirror(picture).rotate(25))])
-    pairs = {pair[:2] for pair in find_copies(paths).pairs}
+    found = find_copies(paths)
+    pairs = {pair[:2] for pair in found.pairs}
     assert pairs <= {(2 * i, 2 * i + 1) for i in range(20)}
     assert len(pairs) >= 15  # without halves of points and alignment, 5
+    assert {*found.plain} == {*range(40)} - {i for pair in pairs for i in pair}  # what is missed is listed
 
 
 def test_black_corners_are_no_picture(tmp_path):

@@ -52,8 +52,8 @@ class CopiesFound(NamedTuple):
 
     Attributes:
         pairs: Verified pairs in their order, enough to connect each group of copies, not all pairs of it.
-        plain: Places of the images of which no copy was found, and that have too little texture to find one by; bytes
-            and names must tell.
+        plain: Places of the images of which no copy was found, and that have too little texture for that to be sure;
+            bytes and names must tell.
     """
     pairs: list[Copy]
     plain: list[int]
@@ -64,18 +64,15 @@ class _Search(NamedTuple):
 
     Attributes:
         points: Points that ask the index, the strongest of the image.
-        hits: Points that the index gives to each.
-        probes: Cells of the index that are looked through for each.
         pairs: Pairs tried of an image, those with most votes.
     """
     points: int
-    hits: int
-    probes: int
     pairs: int
 
 
 # Most copies are found by the first. What has found none asks again: of a text, each letter is like a thousand others.
-_SEARCHES = _Search(100, 10, 8, 10), _Search(POINTS, 30, 16, 30)
+_SEARCHES = _Search(100, 10), _Search(POINTS, 30)
+_HITS, _PROBES = 10, 8  # points that the index gives to each that asks, and its cells that are looked through for them
 
 
 def find_copies(paths: Sequence[Path], *, known: Sequence[tuple[int, int]] = ()) -> CopiesFound:
@@ -182,6 +179,7 @@ class _Index:
         self.inverted_file = faiss.IndexIVFScalarQuantizer(
             faiss.IndexFlatL2(128), 128, lists, faiss.ScalarQuantizer.QT_8bit_direct)
         self.inverted_file.cp.niter, self.inverted_file.cp.min_points_per_centroid = 10, 1
+        self.inverted_file.nprobe = _PROBES
         if not count:
             return  # no image has a point
         descriptors = np.concatenate([f.descriptors for f in features])
@@ -193,7 +191,6 @@ class _Index:
     def propose(self, images: Sequence[int], search: _Search) -> list[list[tuple[int, int, bool]]]:
         """For each image, the pairs that it is in for which most points vote, the likeliest first."""
         images = [i for i in images if len(self.features[i].xy)]
-        self.inverted_file.nprobe = search.probes
         votes: dict[tuple[int, int, bool], float] = {}
         for start in tqdm(range(0, len(images), 64), desc='candidates', unit='block'):
             block = [self.features[i] for i in images[start:start + 64]]
@@ -203,7 +200,7 @@ class _Index:
                 asked = [mirror(f) if mirrored else f for f in block]
                 xy, turn, descriptors = (np.concatenate([getattr(f, name)[:search.points] for f in asked])
                                          for name in ('xy', 'turn', 'descriptors'))
-                distances, hits = self.inverted_file.search(descriptors.astype(np.float32), search.hits)
+                distances, hits = self.inverted_file.search(descriptors.astype(np.float32), _HITS)
                 for i, j, score in self._count(asking, xy, turn, distances, hits, search.pairs):
                     pair = min(i, j), max(i, j), mirrored
                     votes[pair] = max(votes.get(pair, 0), score)

@@ -28,6 +28,7 @@ __all__ = ['POINTS', 'SIDE', 'Features', 'count_inliers', 'describe', 'is_plain'
 SIDE = 256  # images are brought to this many pixels squared; other lengths are in these pixels
 POINTS = 300  # points kept of an image
 _FEW = 100  # an image of fewer is soft
+_FEWEST = 60  # of an image of fewer, points are often not found again in a copy
 _WINDOW = 33  # side of the square in which pixels are compared
 _TEXTURE = 4.  # grey levels of standard deviation in such a square, from which it has texture
 # Grey levels of gradient in it, in the direction that has less of it, and the share of the other direction's, squared,
@@ -45,6 +46,7 @@ class Features(NamedTuple):
         zoom: Logarithm to base 2 of their size, (P,).
         turn: Their direction in radians, (P,).
         descriptors: RootSIFT, scaled to 8 bits, (P, 128).
+        count: How many were found; those of a soft picture are there twice.
         grey: The image of `SIDE`² pixels as a JPEG, an eighth of the memory.
         width: Its width.
     """
@@ -52,6 +54,7 @@ class Features(NamedTuple):
     zoom: np.ndarray
     turn: np.ndarray
     descriptors: np.ndarray
+    count: int
     grey: np.ndarray
     width: int
 
@@ -76,14 +79,15 @@ def describe(path: Path) -> Features:
     points, descriptors = sift.detectAndCompute(blurred, None)
     best = sorted(range(len(points)), key=lambda i: -points[i].response * points[i].size)[:POINTS]
     points, descriptors = [points[i] for i in best], descriptors[best] if best else np.empty((0, 128), np.float32)
-    if 0 < len(points) < _FEW:
+    count = len(points)
+    if 0 < count < _FEW:
         # A soft picture's points are large: what they describe often ends outside a copy, and half of it does not.
         halves, described = sift.compute(blurred, [_half(point) for point in points])
         points, descriptors = points + list(halves), np.concatenate([descriptors, described])
     table = np.array([(*point.pt, np.log2(point.size), np.radians(point.angle)) for point in points], np.float32)
     table = table.reshape(-1, 4)
     root_sift = 512 * np.sqrt(descriptors / np.maximum(descriptors.sum(1, keepdims=True), 1))
-    return Features(table[:, :2], table[:, 2], table[:, 3], root_sift.clip(0, 255).astype(np.uint8),
+    return Features(table[:, :2], table[:, 2], table[:, 3], root_sift.clip(0, 255).astype(np.uint8), count,
                      cv2.imencode('.jpg', grey)[1], width)
 
 
@@ -96,7 +100,9 @@ def _half(point: cv2.KeyPoint) -> cv2.KeyPoint:
 
 
 def is_plain(f: Features) -> bool:
-    """Whether so little of an image has texture that its copies cannot be told from other images."""
+    """Whether an image has so few points, or texture in so little of it, that its copies are not surely found."""
+    if f.count < _FEWEST:
+        return True
     image = np.asarray(cv2.imdecode(f.grey, cv2.IMREAD_GRAYSCALE), np.float32)
     return bool(_corners(image).mean() < .12)
 

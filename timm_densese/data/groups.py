@@ -110,8 +110,10 @@ def group_images(images: Sequence[SplitImage]) -> Pairs:
     print(f'  {len(same_bytes)} repeats of the same bytes, {len(pictures)} pairs that show the same picture, '
           f'{len(named)} copies by name')
     if plain:
-        print(f'  {len(plain)} images have too little texture to be told from others: only bytes, names and patients '
-              f'link them')
+        shown = ', '.join(printable(images[i].path) for i in found.plain[:5])
+        more = f' and {len(plain) - 5} more' if len(plain) > 5 else ''
+        print(f'  {len(plain)} images have too little texture for a copy to be surely found; only bytes, names and '
+              f'patients link them: {shown}{more}')
     for what, pairs in (('same bytes', same_bytes), ('same picture', pictures), ('copy by name', named)):
         _print_pairs(f'    {what}', images, pairs)
     _print_pairs('  WARNING: the same picture under two labels', images, [
