@@ -46,7 +46,7 @@ class Features(NamedTuple):
         zoom: Logarithm to base 2 of their size, (P,).
         turn: Their direction in radians, (P,).
         descriptors: RootSIFT, scaled to 8 bits, (P, 128).
-        count: How many were found; those of a soft picture are there twice.
+        found: How many were found; those of a soft picture are there twice.
         grey: The image of `SIDE`² pixels as a JPEG, an eighth of the memory.
         width: Its width.
     """
@@ -54,7 +54,7 @@ class Features(NamedTuple):
     zoom: np.ndarray
     turn: np.ndarray
     descriptors: np.ndarray
-    count: int
+    found: int
     grey: np.ndarray
     width: int
 
@@ -79,15 +79,15 @@ def describe(path: Path) -> Features:
     points, descriptors = sift.detectAndCompute(blurred, None)
     best = sorted(range(len(points)), key=lambda i: -points[i].response * points[i].size)[:POINTS]
     points, descriptors = [points[i] for i in best], descriptors[best] if best else np.empty((0, 128), np.float32)
-    count = len(points)
-    if 0 < count < _FEW:
+    found = len(points)
+    if 0 < found < _FEW:
         # A soft picture's points are large: what they describe often ends outside a copy, and half of it does not.
         halves, described = sift.compute(blurred, [_half(point) for point in points])
         points, descriptors = points + list(halves), np.concatenate([descriptors, described])
     table = np.array([(*point.pt, np.log2(point.size), np.radians(point.angle)) for point in points], np.float32)
     table = table.reshape(-1, 4)
     root_sift = 512 * np.sqrt(descriptors / np.maximum(descriptors.sum(1, keepdims=True), 1))
-    return Features(table[:, :2], table[:, 2], table[:, 3], root_sift.clip(0, 255).astype(np.uint8), count,
+    return Features(table[:, :2], table[:, 2], table[:, 3], root_sift.clip(0, 255).astype(np.uint8), found,
                      cv2.imencode('.jpg', grey)[1], width)
 
 
@@ -101,7 +101,7 @@ def _half(point: cv2.KeyPoint) -> cv2.KeyPoint:
 
 def is_plain(f: Features) -> bool:
     """Whether an image has so few points, or texture in so little of it, that its copies are not surely found."""
-    if f.count < _FEWEST:
+    if f.found < _FEWEST:
         return True
     image = np.asarray(cv2.imdecode(f.grey, cv2.IMREAD_GRAYSCALE), np.float32)
     return bool(_corners(image).mean() < .12)

@@ -97,6 +97,7 @@ class _FusedLayer(nn.Module):
 # Kernel size, stride, padding, dilation, groups and padding mode.
 _CONV1 = (1, 1), (1, 1), (0, 0), (1, 1), 1, 'zeros'
 _CONV2 = (3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'
+_TENSORS = frozenset((nn.Parameter, torch.Tensor))
 
 
 def _read_layer(layer: Any) -> Optional[Tuple[Any, ...]]:
@@ -119,11 +120,9 @@ def _read_layer(layer: Any) -> Optional[Tuple[Any, ...]]:
     for conv, geometry in ((conv1, _CONV1), (conv2, _CONV2)):
         if (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != geometry:
             return None
-    scale, shift = map(norm_conv._parameters.get, ('scale', 'shift'))
-    (weight1, bias1), (weight2, bias2) = (
-        map(conv._parameters.get, ('weight', 'bias')) for conv in (conv1, conv2))
-    tensors = scale, shift, weight1, bias1, weight2
-    if bias2 is not None or not all(type(t) in (nn.Parameter, torch.Tensor) for t in tensors):
+    ours, first, second = norm_conv._parameters, conv1._parameters, conv2._parameters
+    tensors = tuple(map(dict.get, (ours, ours, first, first, second), ('scale', 'shift', 'weight', 'bias', 'weight')))
+    if second.get('bias') is not None or not _TENSORS.issuperset(map(type, tensors)):
         return None
     return *tensors, None if type(se) is nn.Identity and not has_hooks(se) else se
 
@@ -171,17 +170,19 @@ class FusedDenseBlock(nn.Module):
     @torch.jit.ignore
     def _forward_buffer(self, x: torch.Tensor, layers: List[Any]) -> torch.Tensor:
         batch_size, end, height, width = x.shape
-        channels = end + sum(weight2.shape[0] for *_, weight2, _ in layers)
+        growth = [len(weight2) for *_, weight2, _ in layers]
+        channels = end + sum(growth)
         if x.device.type == 'cpu':
             _keep_freed_memory()
         pixels = torch.empty((batch_size * height * width, channels), dtype=x.dtype, device=x.device)
         buffer = pixels.view(batch_size, height, width, channels).permute(0, 3, 1, 2)  # channels_last
-        buffer[:, :end] = x
+        first, *new = buffer.split([end, *growth], 1)
+        first.copy_(x)
         # A convolution on a CPU reorders its weights on every call. For few pixels that takes longer than its kernel
         # saves against that of a matrix product.
         is_product = x.device.type == 'cpu' and len(pixels) <= 1024
         small = [t for scale, shift, _, bias1, *_ in layers for t in (scale, shift, bias1)]
-        if any(t.dtype != x.dtype for t in small):  # autocast, for which one copy is as slow as all in one
+        if {t.dtype for t in small} != {x.dtype}:  # autocast, for which one copy is as slow as all in one
             small = list(torch.cat(small).to(x.dtype).split([len(t) for t in small]))
         for i, (_, _, weight1, _, weight2, se) in enumerate(layers):
             scale, shift, bias1 = small[3 * i:3 * i + 3]
@@ -196,8 +197,8 @@ class FusedDenseBlock(nn.Module):
                 y = se(y)
                 if y.shape != shape:
                     raise ValueError(f'An attention made features of {tuple(y.shape)} of those of {tuple(shape)}.')
-            buffer.narrow(1, end, shape[1]).copy_(y)
-            end += shape[1]
+            new[i].copy_(y)
+            end += growth[i]
         return buffer
 
 
