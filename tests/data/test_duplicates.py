@@ -58,6 +58,26 @@ def cutout(image: Image.Image) -> Image.Image:
     return image
 
 
+def masked(image: Image.Image) -> Image.Image:
+    mask = Image.new('L', image.size, 0)
+    ImageDraw.Draw(mask).ellipse((12, 12, image.width - 12, image.height - 12), 255)
+    return Image.composite(image, Image.new('RGB', image.size), mask)
+
+
+def with_bars(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    for top in (0, image.height * 4 // 5):
+        ImageDraw.Draw(image).rectangle((0, top, image.width, top + image.height // 5), 'white')
+    return image
+
+
+def with_holes(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    for x, y in np.random.default_rng(0).integers(0, 130, (8, 2)).tolist():
+        ImageDraw.Draw(image).rectangle((x, y, x + 24, y + 24), (0, 0, 0))
+    return image
+
+
 CHANGES = {
     'turned before black': lambda image: image.rotate(40, Image.Resampling.BILINEAR),
     'turned the other way before white': lambda image: image.rotate(-155, fillcolor='white'),
@@ -78,6 +98,9 @@ CHANGES = {
     'blurred': lambda image: image.filter(ImageFilter.GaussianBlur(2)),
     'noisy': noisy,
     'cut out': cutout,
+    'under a round mask': masked,
+    'behind bars': with_bars,
+    'with holes': with_holes,
 }
 
 
@@ -185,6 +208,22 @@ def test_black_corners_are_no_picture(tmp_path):
     rng = np.random.default_rng(0)
     pictures = [image_of(smooth(rng, 160, 6) * .4 + 60) for _ in range(20)]
     assert not find_copies(save(tmp_path, [image.crop((20, 8, 150, 140)).rotate(30) for image in pictures])).pairs
+
+
+def test_a_marker_is_no_picture(tmp_path):
+    """Bodies in nearly one pose, as in X-rays, with the same letters in two corners."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:256, :256, :1][:2] / 256
+    images = []
+    for _ in range(16):
+        cx, cy, r = rng.uniform((.45, .4, .25), (.55, .5, .35))
+        body = 60 + 90 * np.exp(-(((x - cx) / r) ** 2 + ((y - cy) / .4) ** 2) ** 2)
+        image = image_of(body + (smooth(rng, 256, 64) - 128) * .1 + rng.normal(0, 3, (256, 256, 1)))
+        draw = ImageDraw.Draw(image)
+        draw.text((215, 15), 'L', 'white', ImageFont.load_default(32))
+        draw.text((12, 12), 'PORTABLE\nAP ERECT', 'white', ImageFont.load_default(12))
+        images.append(image)
+    assert not find_copies(save(tmp_path, images)).pairs  # by the letters alone, all are
 
 
 def test_pages_of_one_form(tmp_path):

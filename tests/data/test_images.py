@@ -43,14 +43,14 @@ def test_names_on_which_timms_order_fails_or_varies(tmp_path):
 
 
 def test_what_is_hidden_is_no_class_and_no_image(tmp_path):
-    kept = [write(tmp_path / label / 'day1' / 'x.png') for label in 'AB']
-    for hidden in ('.ipynb_checkpoints/x.png', '__MACOSX/A/x.png', '.git/x.png', 'Thumbs/x.png', 'A/.hidden/x.png',
+    kept = [write(tmp_path / label / 'day1' / 'x.png') for label in ('A', 'B', 'Thumbs')]
+    for hidden in ('.ipynb_checkpoints/x.png', '__MACOSX/A/x.png', '.git/x.png', 'A/.hidden/x.png',
                    'A/._x.png', 'A/@eaDir/x.png', 'B/.x.png'):
         write(tmp_path / hidden)
     (tmp_path / 'A' / 'Thumbs.db').write_bytes(b'x')
     (tmp_path / 'empty').mkdir()
     found = list_images(tmp_path)
-    assert found.classes == ['A', 'B']
+    assert found.classes == ['A', 'B', 'Thumbs']
     assert [path for path, _ in found.samples] == kept == find_images([str(tmp_path)])
 
 

@@ -60,8 +60,13 @@ def as_csv(rows, head='file,patient', change=lambda text: text, encoding='utf-8'
     as_csv(PATIENTS, head='Image ID,Lesion_ID'),
     as_csv([(f, f'"{p}, or so"', '1') for f, p in PATIENTS], head='filename,patient_id,age'),
     as_csv([*PATIENTS, ('', ''), ('C/elsewhere.png', 'p')]),
+    as_csv(PATIENTS, head='ImageID,PatientID'),
+    as_csv([(f, str(i), p) for i, (f, p) in enumerate(PATIENTS)], head='File Name,lesion_id,Patient No.'),
+    as_csv([(f, '', p) for f, p in PATIENTS], head='file,patient,lesion'),
+    as_csv([(f, '60', p) for f, p in PATIENTS], head='file,patient_age,subject-id'),
 ], ids=['plain', 'bom', 'utf16', 'utf16 without a mark', 'semicolons', 'tabs', 'backslashes', 'no extension',
-        'other extension and case', 'paths from above', 'other names', 'quotes', 'other rows'])
+        'other extension and case', 'paths from above', 'other names', 'quotes', 'other rows',
+        'as in DICOM', 'beside a lesion', 'beside a blank one', 'beside an age'])
 def test_groups_tables_of_every_form(tmp_path, content):
     plain_images(tmp_path / 'src', 'AB')
     (tmp_path / 'groups.csv').write_bytes(content)
@@ -69,13 +74,25 @@ def test_groups_tables_of_every_form(tmp_path, content):
     assert {file: patient.removesuffix(', or so') for file, patient in found.items()} == dict(PATIENTS)
 
 
-@pytest.mark.parametrize('blank', ['', ' ', 'NA', 'nan', 'None', 'unknown', '?'])
+@pytest.mark.parametrize('blank', ['', ' ', 'NA', 'nan', 'None', 'unknown', '?', '#N/A', '<NA>'])
 def test_a_blank_patient_is_not_known(tmp_path, blank):
     plain_images(tmp_path / 'src', 'AB')
     rows = [(f, blank if i else p) for i, (f, p) in enumerate(PATIENTS)]
     (tmp_path / 'groups.csv').write_bytes(as_csv(rows))
     found = patients_of(tmp_path / 'src', groups=tmp_path / 'groups.csv')
     assert [patient for patient in found.values() if patient] == ['pA0']
+
+
+def test_what_may_be_patients_is_said(tmp_path, capsys):
+    """Patients that differ in capitals, and a table of labels that has none."""
+    plain_images(tmp_path / 'src', 'AB')
+    rows = [(f, p.upper() if i % 2 else p) for i, (f, p) in enumerate(PATIENTS)]
+    (tmp_path / 'table.csv').write_bytes(as_csv(rows))
+    patients_of(tmp_path / 'src', groups=tmp_path / 'table.csv')
+    assert 'small letters and in capitals, and taken for two, such as pa0' in capsys.readouterr().out
+    (tmp_path / 'table.csv').write_bytes(as_csv([(f, f[0]) for f, _ in PATIENTS], head='file,label'))
+    split_images(tmp_path / 'src', tmp_path / 'out', labels=tmp_path / 'table.csv')
+    assert 'is named like one: file, label' in capsys.readouterr().out
 
 
 def test_those_without_a_patient_are_no_group(tmp_path):
@@ -94,6 +111,7 @@ def test_those_without_a_patient_are_no_group(tmp_path):
     (as_csv([('000.png', 'x')]), r'can mean .*A/000.png and .*B/000.png'),
     (as_csv(PATIENTS, head='file,age'), 'a column for the patient'),
     (as_csv(PATIENTS, head='x,patient'), 'a column for the file'),
+    (as_csv([(f, p, 'x') for f, p in PATIENTS], head='file,patient,Patient'), 'two columns of the name patient'),
     (as_csv([]), 'has no rows'),
     (b'', 'has no rows'),
     (None, 'cannot be read'),

@@ -179,6 +179,17 @@ def test_folders_as_people_have_them(tmp_path, capsys):
     assert sum(row['error'] != '' and row['split'] == '' for row in rows) == 4
 
 
+def test_long_names_of_long_letters(tmp_path):
+    """A file system counts bytes."""
+    src = tmp_path / 'src'
+    for i in range(20):
+        path = src / 'ab'[i % 2] / ('皮' * 80) / f'{"肤" * 80}{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (32, 32), (9 * i, 0, 0)).save(path)
+    split_images(src, tmp_path / 'out')
+    assert len(list((tmp_path / 'out').rglob('*.png'))) == 20
+
+
 @pytest.mark.slow
 def test_links_where_it_can(tmp_path):
     src = folder_of_images(tmp_path / 'src')

@@ -3,8 +3,9 @@
 1. SIFT describes up to 300 points of an image (Lowe 2004), compared as RootSIFT (Arandjelovic and Zisserman 2012).
 2. Geometry decides: matched points must agree on one affine map (RANSAC, Fischler and Bolles 1981). A match of two SIFT
    points says shift, turn and zoom, so each match is tried as the start, none is drawn at random (Philbin et al. 2007).
-3. The pixels confirm: under that map, most of what has texture in either image must be the same in both. A logo, a
-   ruler, dark corners or a line grid that different pictures share does not pass.
+3. The pixels confirm: under that map, most of what has texture in either image must be the same in both, but for what
+   one of them has painted over. A logo, a ruler, dark corners or a line grid that different pictures share does not
+   pass, and no marker on pictures that are alike: the points that agree must be near most others.
 
 Soft pictures have few points, and these are large. So each is described at half its size as well, and where too few
 agree, the map is improved by the pixels (Evangelidis and Psarakis 2008), which then must agree in more of the image.
@@ -28,8 +29,10 @@ __all__ = ['POINTS', 'SIDE', 'Features', 'count_inliers', 'describe', 'is_plain'
 SIDE = 256  # images are brought to this many pixels squared; other lengths are in these pixels
 POINTS = 300  # points kept of an image
 _FEW = 100  # an image of fewer is soft
+_MANY, _NEAR, _SPREAD = 30, 24, .65  # so many points that agree are to be within so many pixels of most others
 _FEWEST = 60  # of an image of fewer, points are often not found again in a copy
 _WINDOW = 33  # side of the square in which pixels are compared
+_PAINTED = 13  # side of the square that is of one grey level where a picture is painted over
 _TEXTURE = 4.  # grey levels of standard deviation in such a square, from which it has texture
 # Grey levels of gradient in it, in the direction that has less of it, and the share of the other direction's, squared,
 # from which it has texture in both.
@@ -132,6 +135,12 @@ def _moments(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, (_window_mean(image * image) - mean * mean).clip(0)
 
 
+def _is_painted(image: np.ndarray) -> np.ndarray:
+    """Where the surrounding of a pixel is of one grey level."""
+    square = np.ones((_PAINTED, _PAINTED))
+    return cv2.dilate(image, square) - cv2.erode(image, square) <= 2
+
+
 def _window_mean(image: np.ndarray) -> np.ndarray:
     return cv2.blur(image, (_WINDOW, _WINDOW), borderType=cv2.BORDER_REFLECT)
 
@@ -160,17 +169,18 @@ def count_inliers(a: Features, b: Features, mirrored: bool) -> int:
     alike = np.asarray(cv2.gemm(x, y, 1, np.empty((0, 0), np.float32), 0, flags=cv2.GEMM_2_T))
     nearest = alike.argmax(1)
     i = np.flatnonzero(alike.argmax(0)[nearest] == np.arange(len(nearest)))  # each other's nearest
-    affine, inliers = _fit(a, b, i, nearest[i])
+    affine, at = _fit(a, b, i, nearest[i])
     if affine is None:
         return 0
+    inliers = min(_places(a.xy[i[at]]), _places(b.xy[nearest[i[at]]]))
     # Of many matches more agree by chance (Brown and Lowe, IJCV 2007).
-    if inliers >= max(4, 2 + .2 * len(i)) and _same_pixels(a, b, mirrored, affine):
+    if inliers >= max(4, 2 + .2 * len(i)) and _same_pixels(a, b, mirrored, affine, b.xy[nearest[i[at]]]):
         return inliers
     # Soft pictures have few points, which do not say precisely how they lie: the pixels may still tell.
     if min(len(a.xy), len(b.xy)) >= 2 * _FEW:
         return 0
     affine = _aligned(a, b, mirrored, affine)
-    return inliers if affine is not None and _same_pixels(a, b, mirrored, affine, soft=True) else 0
+    return inliers if affine is not None and _same_pixels(a, b, mirrored, affine) else 0
 
 
 def _places(xy: np.ndarray) -> int:
@@ -178,8 +188,8 @@ def _places(xy: np.ndarray) -> int:
     return len(np.unique(xy // 6, axis=0))
 
 
-def _fit(a: Features, b: Features, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray | None, int]:
-    """The affine map (2, 3) from points `i` of `a` to points `j` of `b` that most agree on, and how many."""
+def _fit(a: Features, b: Features, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+    """The affine map (2, 3) from points `i` of `a` to points `j` of `b` that most agree on, and which of them do."""
     p, q = a.xy[i], b.xy[j]
     zoom = b.zoom[j] - a.zoom[i]
     x, y = p @ (1, 1j), q @ (1, 1j)
@@ -187,7 +197,8 @@ def _fit(a: Features, b: Features, i: np.ndarray, j: np.ndarray) -> tuple[np.nda
     similarity = np.exp2(zoom) * np.exp(1j * (b.turn[j] - a.turn[i]))
     off = np.abs(similarity[:, None] * (x - x[:, None]) + y[:, None] - y)
     agree = (off < 15).sum(1) * (np.abs(zoom) < 1.3)
-    best: tuple[np.ndarray | None, int] = None, 0
+    best: tuple[np.ndarray | None, np.ndarray] = None, np.zeros(len(p), bool)
+    most = 0
     ones = np.ones((len(p), 1), np.float32)
     for start in np.argsort(-agree, kind='stable')[:5]:
         inside = off[start] < 15
@@ -200,8 +211,8 @@ def _fit(a: Features, b: Features, i: np.ndarray, j: np.ndarray) -> tuple[np.nda
             large, small = np.linalg.svd(affine[:, :2], compute_uv=False)
             plausible = np.linalg.det(affine[:, :2]) > 0 and small > .35 and large < min(2.8, 2 * small)
             count = min(_places(p[inside]), _places(q[inside]))
-            if plausible and count > best[1]:
-                best = affine, count
+            if plausible and count > most:
+                best, most = (affine, inside), count
     return best
 
 
@@ -227,24 +238,55 @@ def _aligned(a: Features, b: Features, mirrored: bool, affine: np.ndarray) -> np
     return cv2.invertAffineTransform(back) * (1, 1, 4)
 
 
-def _same_pixels(a: Features, b: Features, mirrored: bool, affine: np.ndarray, soft: bool = False) -> bool:
+def _same_pixels(
+        a: Features, b: Features, mirrored: bool, affine: np.ndarray, inliers: np.ndarray | None = None) -> bool:
     """Whether the images agree where they overlap under a map from `a`, mirrored if so, to `b`.
 
-    Soft ones must agree in more of it, and have texture in both directions.
+    Args:
+        a: An image, whose points are mirrored already.
+        b: Another.
+        mirrored: Compare the first one's mirror image.
+        affine: The map (2, 3).
+        inliers: Where in `b` the points that agree are (N, 2); None for soft ones, which must agree in more of it, and
+            have texture in both directions.
     """
     x, y = _pixels(a, mirrored), _pixels(b, False)
     size = y.shape[::-1]
     overlap = cv2.warpAffine(np.ones_like(x), affine, size)
-    covered = max(overlap.mean(), overlap.sum() / np.linalg.det(affine[:, :2]) / x.size)  # of the one that has less
-    x, y = _blur(cv2.warpAffine(x, affine, size, borderMode=cv2.BORDER_REPLICATE)), _blur(y)
+    moved = cv2.warpAffine(x, affine, size, borderMode=cv2.BORDER_REPLICATE)
+    # Where one is painted over, as by a mask or a bar, there is nothing to compare.
+    painted = (_is_painted(moved) != _is_painted(y)).astype(np.uint8)
+    seen = np.where(cv2.dilate(painted, np.ones((_WINDOW, _WINDOW))) > 0, np.float32(0), overlap)
+    if inliers is not None and not _are_spread(inliers, a.xy @ affine[:, :2].T + affine[:, 2], b.xy, seen):
+        return False
+    share = max(1., y.size / np.linalg.det(affine[:, :2]) / x.size)  # of the image that has less in common
+    x, y = _blur(moved), _blur(y)
+    return any(_is_alike(x, y, where, where.mean() * share, inliers is None) for where in (overlap, seen))
+
+
+def _are_spread(inliers: np.ndarray, moved: np.ndarray, points: np.ndarray, seen: np.ndarray) -> bool:
+    """Whether points that agree are near most others: many that lie together are of a marker or a logo."""
+    if len(inliers) < _MANY:
+        return True
+    for xy in (moved, points):
+        column, row = xy.round().astype(int).T
+        inside = (column >= 0) & (row >= 0) & (column < seen.shape[1]) & (row < seen.shape[0])
+        near = xy[inside][seen[row[inside], column[inside]] > 0] @ (1, 1j)
+        if len(near) and (np.abs(near[:, None] - inliers @ (1, 1j)).min(1) < _NEAR).mean() < _SPREAD:
+            return False
+    return True
+
+
+def _is_alike(x: np.ndarray, y: np.ndarray, where: np.ndarray, covered: float, soft: bool) -> bool:
+    """Whether two images agree in some of their pixels, which cover a share of them."""
     (mean_x, var_x), (mean_y, var_y) = _moments(x), _moments(y)
-    textured = (_window_mean(overlap) > .9) & (np.maximum(var_x, var_y) > _TEXTURE ** 2)
+    textured = (_window_mean(where) > .9) & (np.maximum(var_x, var_y) > _TEXTURE ** 2)
     alike = (_window_mean(x * y) - mean_x * mean_y) / np.sqrt(var_x * var_y + 1) > .8
     # The less they overlap, the more of it must agree: what different pictures share is a small part of both.
     least = max(.6, 1.4 - 1.1 * covered) + (.1 if soft else 0)
-    if textured.sum() <= .1 * overlap.sum() or alike[textured].mean() <= least:
+    if textured.sum() <= .1 * where.sum() or alike[textured].mean() <= least:
         return False
     corners = textured & (_corners(x) | _corners(y))  # so without the edges of black corners, which agree in all copies
-    if corners.sum() <= .05 * overlap.sum():
+    if corners.sum() <= .05 * where.sum():
         return not soft
-    return bool(alike[corners].mean() > least and (not soft or corners.sum() > .1 * overlap.sum()))
+    return bool(alike[corners].mean() > least and (not soft or corners.sum() > .1 * where.sum()))

@@ -58,10 +58,17 @@ def find_patients(
                              f'{printable(lost[0].path)}.')
         patients = [patient or '' for patient in found]
         print(f'patients: {column} of {table}; {patients.count("")} images have none there')
+        written = Counter(name.casefold() for name in set(patients))
+        alike = sorted(name for name, count in written.items() if count > 1)
+        if alike:
+            print(f'  WARNING: {len(alike)} patients are written in small letters and in capitals, and taken for two, '
+                  f'such as {alike[0]}')
     elif groups:
         raise SplitError(f'{groups} must have a column for the patient, named patient, group, lesion or the like; '
                          f'found {", ".join(read_table(groups)[0])}.')
     else:
+        if labels:
+            print(f'patients: none of the columns of {labels} is named like one: {", ".join(read_table(labels)[0])}')
         return
     for image, patient in zip(images, patients, strict=True):
         image.patient = patient
@@ -109,6 +116,10 @@ def group_images(images: Sequence[SplitImage]) -> Pairs:
                                    'or --group-regex if the names tell.'))
     print(f'  {len(same_bytes)} repeats of the same bytes, {len(pictures)} pairs that show the same picture, '
           f'{len(named)} copies by name')
+    most = int(np.bincount(_components(len(images), [*same_bytes, *pictures])).max(initial=0))
+    if most > max(20, len(images) / 10):
+        print(f'  WARNING: {most} images are linked as one picture. If they only share a background, a frame or a '
+              f'marker, crop it away; --report shows them')
     if plain:
         shown = ', '.join(printable(images[i].path) for i in found.plain[:5])
         more = f' and {len(plain) - 5} more' if len(plain) > 5 else ''

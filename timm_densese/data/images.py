@@ -30,7 +30,7 @@ _NOT_READ = {suffix: advice for suffixes, advice in (
     ('.svs .ndpi .mrxs .scn .vms', 'a whole slide: cut it into tiles, as JPEG or PNG'),
     ('.avif .eps .jxl .jxr .ps .svg .webp', 'not read by this PIL: convert it to PNG'),
 ) for suffix in suffixes.split() if suffix not in _READ}
-_HIDDEN = frozenset({'__macosx', '__pycache__', '@eadir', '#recycle', '$recycle.bin', 'lost+found', 'thumbs',
+_HIDDEN = frozenset({'__macosx', '__pycache__', '@eadir', '#recycle', '$recycle.bin', 'lost+found',
                      'system volume information'})
 # What is read takes at most about 1 GB on the way. The shorter side is scaled to the model's input, and would make a
 # thin strip of few pixels as large as its longer side is.
@@ -55,7 +55,7 @@ def looks_like_image(file: Union[str, PurePath]) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder is one that systems and tools make for themselves: .git, __MACOSX, Thumbs."""
+    """Tell whether a file or folder is one that systems and tools make for themselves: .git, __MACOSX."""
     return name.startswith('.') or name.lower() in _HIDDEN
 
 

@@ -327,7 +327,8 @@ def _plain_name(name: str) -> str:
     stem = '_'.join(Path(name).with_suffix('').parts)
     stem = os.fsencode(stem).decode('utf-8', 'replace')
     stem = ''.join(unicodedata.normalize('NFKC', c) if c.isdigit() and not c.isdecimal() else c for c in stem)
-    return re.sub(r'[\\:*?"<>|\x00-\x1f\ufffd]', '_', stem).lstrip('.')[-150:] or '_'
+    stem = re.sub(r'[\\:*?"<>|\x00-\x1f\ufffd]', '_', stem).lstrip('.')
+    return stem.encode()[-150:].decode(errors='ignore') or '_'  # a file system counts bytes
 
 
 def _place(source: Path, target: Path, copy: bool) -> Tuple[Path, str]:

@@ -1,6 +1,8 @@
 """Tables of labels and patients as people have them: of any delimiter, encoding and way to name a file."""
 import csv
 import io
+import re
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Dict, List, Optional, Sequence, Tuple
 
@@ -10,14 +12,14 @@ from .images import looks_like_image
 
 __all__ = ['find_column', 'match_files', 'read_table']
 
+# Names of columns, the likeliest first, in small letters and with no others: PatientID, patient_id, Patient No.
+_ID = '(id|no|nr|num|number|code|key|name|uid)?'
 _COLUMNS = {
-    'file': ('file', 'file_name', 'filename', 'image', 'image_id', 'image_name', 'image_path', 'img', 'img_id',
-             'img_name', 'img_path', 'path', 'file_path', 'filepath', 'isic_id', 'id'),
-    'label': ('label', 'class', 'dx', 'diagnosis', 'category', 'target', 'class_name', 'label_name'),
-    'patient': ('patient', 'patient_id', 'subject', 'subject_id', 'person', 'person_id', 'case', 'case_id', 'group',
-                'group_id', 'lesion', 'lesion_id'),
+    'file': ('file(name|id|path)?', 'image(name|id|path)?', 'img(name|id|path)?', 'path', 'isicid', 'id'),
+    'label': ('label(name)?', 'class(name)?', 'dx', 'diagnosis', 'category', 'target'),
+    'patient': (f'patients?{_ID}', f'(subject|person){_ID}', 'pid', 'mrn', f'case{_ID}', f'group{_ID}', f'lesion{_ID}'),
 }
-_UNKNOWN = {'', 'na', 'n/a', 'nan', 'none', 'null', 'unknown', '?', '-'}
+_UNKNOWN = {'', 'na', 'n/a', '#n/a', '<na>', 'nan', 'none', 'null', 'unknown', '?', '-'}
 
 
 def read_table(table: Path) -> List[Dict[str, str]]:
@@ -54,20 +56,25 @@ def read_table(table: Path) -> List[Dict[str, str]]:
         raise SplitError(f'{table} has no rows below the names of its columns.')
     names, *rows = cells
     names = [name.lower().replace(' ', '_').replace('-', '_') for name in names]
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
+    if twice:
+        raise SplitError(f'{table} has two columns of the name {twice[0]}. Rename one.')
     return [dict(zip(names, [*row, *[''] * len(names)], strict=False)) for row in rows]
 
 
 def find_column(table: Path, rows: Sequence[Dict[str, str]], kind: str) -> Optional[str]:
-    """Find the column that holds the file, label or patient; of several, the one that is named first above.
+    """Find the column that holds the file, label or patient: of several, the likeliest of which a cell is known.
 
     Raises:
         SplitError: There is none, and it is not the patient's.
     """
-    found = next((name for name in _COLUMNS[kind] if name in rows[0]), None)
-    if found is None and kind != 'patient':
-        raise SplitError(f'{table} must have a column for the {kind}, named {", ".join(_COLUMNS[kind][:5])} or the '
-                         f'like; found {", ".join(rows[0])}.')
-    return found
+    plain = {name: re.sub(r'[\W_]', '', name) for name in rows[0]}
+    found = [name for pattern in _COLUMNS[kind] for name in plain if re.fullmatch(pattern, plain[name])]
+    if not found and kind != 'patient':
+        raise SplitError(f'{table} must have a column for the {kind}, named {kind} or the like; found '
+                         f'{", ".join(rows[0])}.')
+    filled = (name for name in found if any(row[name].lower() not in _UNKNOWN for row in rows))
+    return next(filled, found[0] if found else None)
 
 
 def match_files(table: Path, column: str, kind: str, src: Path, paths: Sequence[Path]) -> List[Optional[str]]:
