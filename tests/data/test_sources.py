@@ -64,9 +64,11 @@ def as_csv(rows, head='file,patient', change=lambda text: text, encoding='utf-8'
     as_csv([(f, str(i), p) for i, (f, p) in enumerate(PATIENTS)], head='File Name,lesion_id,Patient No.'),
     as_csv([(f, '', p) for f, p in PATIENTS], head='file,patient,lesion'),
     as_csv([(f, '60', p) for f, p in PATIENTS], head='file,patient_age,subject-id'),
+    as_csv([('9', f, p) for f, p in PATIENTS], head='image_id,image,person'),
 ], ids=['plain', 'bom', 'utf16', 'utf16 without a mark', 'semicolons', 'tabs', 'backslashes', 'no extension',
         'other extension and case', 'paths from above', 'other names', 'quotes', 'other rows',
-        'as in DICOM', 'beside a lesion', 'beside a blank one', 'beside an age'])
+        'as in DICOM', 'beside a lesion', 'beside a blank one', 'beside an age',
+        'beside a number'])
 def test_groups_tables_of_every_form(tmp_path, content):
     plain_images(tmp_path / 'src', 'AB')
     (tmp_path / 'groups.csv').write_bytes(content)

@@ -69,7 +69,8 @@ def find_column(table: Path, rows: Sequence[Dict[str, str]], kind: str) -> Optio
         SplitError: There is none, and it is not the patient's.
     """
     plain = {name: re.sub(r'[\W_]', '', name) for name in rows[0]}
-    found = [name for pattern in _COLUMNS[kind] for name in plain if re.fullmatch(pattern, plain[name])]
+    names = sorted(plain, key=len)
+    found = [name for pattern in _COLUMNS[kind] for name in names if re.fullmatch(pattern, plain[name])]
     if not found and kind != 'patient':
         raise SplitError(f'{table} must have a column for the {kind}, named {kind} or the like; found '
                          f'{", ".join(rows[0])}.')
