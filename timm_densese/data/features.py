@@ -169,10 +169,9 @@ def count_inliers(a: Features, b: Features, mirrored: bool) -> int:
     alike = np.asarray(cv2.gemm(x, y, 1, np.empty((0, 0), np.float32), 0, flags=cv2.GEMM_2_T))
     nearest = alike.argmax(1)
     i = np.flatnonzero(alike.argmax(0)[nearest] == np.arange(len(nearest)))  # each other's nearest
-    affine, at = _fit(a, b, i, nearest[i])
+    affine, at, inliers = _fit(a, b, i, nearest[i])
     if affine is None:
         return 0
-    inliers = min(_places(a.xy[i[at]]), _places(b.xy[nearest[i[at]]]))
     # Of many matches more agree by chance (Brown and Lowe, IJCV 2007).
     if inliers >= max(4, 2 + .2 * len(i)) and _same_pixels(a, b, mirrored, affine, b.xy[nearest[i[at]]]):
         return inliers
@@ -188,8 +187,8 @@ def _places(xy: np.ndarray) -> int:
     return len(np.unique(xy // 6, axis=0))
 
 
-def _fit(a: Features, b: Features, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
-    """The affine map (2, 3) from points `i` of `a` to points `j` of `b` that most agree on, and which of them do."""
+def _fit(a: Features, b: Features, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, int]:
+    """The affine map (2, 3) from points `i` of `a` to points `j` of `b` that most agree on, which do, and how many."""
     p, q = a.xy[i], b.xy[j]
     zoom = b.zoom[j] - a.zoom[i]
     x, y = p @ (1, 1j), q @ (1, 1j)
@@ -197,8 +196,7 @@ def _fit(a: Features, b: Features, i: np.ndarray, j: np.ndarray) -> tuple[np.nda
     similarity = np.exp2(zoom) * np.exp(1j * (b.turn[j] - a.turn[i]))
     off = np.abs(similarity[:, None] * (x - x[:, None]) + y[:, None] - y)
     agree = (off < 15).sum(1) * (np.abs(zoom) < 1.3)
-    best: tuple[np.ndarray | None, np.ndarray] = None, np.zeros(len(p), bool)
-    most = 0
+    best: tuple[np.ndarray | None, np.ndarray, int] = None, np.zeros(len(p), bool), 0
     ones = np.ones((len(p), 1), np.float32)
     for start in np.argsort(-agree, kind='stable')[:5]:
         inside = off[start] < 15
@@ -211,8 +209,8 @@ def _fit(a: Features, b: Features, i: np.ndarray, j: np.ndarray) -> tuple[np.nda
             large, small = np.linalg.svd(affine[:, :2], compute_uv=False)
             plausible = np.linalg.det(affine[:, :2]) > 0 and small > .35 and large < min(2.8, 2 * small)
             count = min(_places(p[inside]), _places(q[inside]))
-            if plausible and count > most:
-                best, most = (affine, inside), count
+            if plausible and count > best[2]:
+                best = affine, inside, count
     return best
 
 
@@ -256,12 +254,14 @@ def _same_pixels(
     moved = cv2.warpAffine(x, affine, size, borderMode=cv2.BORDER_REPLICATE)
     # Where one is painted over, as by a mask or a bar, there is nothing to compare.
     painted = (_is_painted(moved) != _is_painted(y)).astype(np.uint8)
-    seen = np.where(cv2.dilate(painted, np.ones((_WINDOW, _WINDOW))) > 0, np.float32(0), overlap)
-    if inliers is not None and not _are_spread(inliers, a.xy @ affine[:, :2].T + affine[:, 2], b.xy, seen):
+    areas = [overlap]
+    if painted.any():
+        areas.append(np.where(cv2.dilate(painted, np.ones((_WINDOW, _WINDOW))) > 0, np.float32(0), overlap))
+    if inliers is not None and not _are_spread(inliers, a.xy @ affine[:, :2].T + affine[:, 2], b.xy, areas[-1]):
         return False
     share = max(1., y.size / np.linalg.det(affine[:, :2]) / x.size)  # of the image that has less in common
     x, y = _blur(moved), _blur(y)
-    return any(_is_alike(x, y, where, where.mean() * share, inliers is None) for where in (overlap, seen))
+    return any(_is_alike(x, y, where, where.mean() * share, inliers is None) for where in areas)
 
 
 def _are_spread(inliers: np.ndarray, moved: np.ndarray, points: np.ndarray, seen: np.ndarray) -> bool:
