@@ -184,33 +184,35 @@ def count_inliers(a: Features, b: Features, mirrored: bool) -> int:
 
 def _places(xy: np.ndarray) -> int:
     """How many of some points lie at places of their own."""
-    return len(np.unique(xy // 6, axis=0))
+    return len(np.unique(xy // 6 @ (1, 1j)))
 
 
 def _fit(a: Features, b: Features, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray | None, np.ndarray, int]:
     """The affine map (2, 3) from points `i` of `a` to points `j` of `b` that most agree on, which do, and how many."""
     p, q = a.xy[i], b.xy[j]
     zoom = b.zoom[j] - a.zoom[i]
-    x, y = p @ (1, 1j), q @ (1, 1j)
+    x, y = (xy.astype(np.float32).view(np.complex64)[:, 0] for xy in (p, q))
     # Row k: how far match k's own shift, turn and zoom takes each point from where it should be.
     similarity = np.exp2(zoom) * np.exp(1j * (b.turn[j] - a.turn[i]))
     off = np.abs(similarity[:, None] * (x - x[:, None]) + y[:, None] - y)
     agree = (off < 15).sum(1) * (np.abs(zoom) < 1.3)
+    starts = np.argsort(-agree, kind='stable')[:5]
+    inside = off[starts] < 15  # (starts, points)
+    enough = np.ones(len(starts), bool)
+    from_xy = np.hstack([p / SIDE, np.ones((len(p), 1))])
+    for tolerance in (15, 10, 5, 5, 5):  # from a similarity to an affine map, by least squares
+        enough &= inside.sum(1) >= 3
+        chosen = (inside[..., None] * from_xy).transpose(0, 2, 1)
+        maps = np.linalg.solve(chosen @ from_xy + 1e-9 * np.eye(3), chosen @ q)  # points on a line give a flat map
+        inside = np.linalg.norm(from_xy @ maps - q, axis=2) < tolerance
+    affines = maps.transpose(0, 2, 1) / (SIDE, SIDE, 1)
+    large, small = np.linalg.svd(affines[..., :2], compute_uv=False).T
+    plausible = enough & (np.linalg.det(affines[..., :2]) > 0) & (small > .35) & (large < np.minimum(2.8, 2 * small))
     best: tuple[np.ndarray | None, np.ndarray, int] = None, np.zeros(len(p), bool), 0
-    ones = np.ones((len(p), 1), np.float32)
-    for start in np.argsort(-agree, kind='stable')[:5]:
-        inside = off[start] < 15
-        for tolerance in (15, 10, 5, 5, 5):  # from a similarity to an affine map
-            if inside.sum() < 3:
-                break
-            affine = np.linalg.lstsq(np.hstack([p, ones])[inside], q[inside], rcond=None)[0].T
-            inside = np.linalg.norm(np.hstack([p, ones]) @ affine.T - q, axis=1) < tolerance
-        else:
-            large, small = np.linalg.svd(affine[:, :2], compute_uv=False)
-            plausible = np.linalg.det(affine[:, :2]) > 0 and small > .35 and large < min(2.8, 2 * small)
-            count = min(_places(p[inside]), _places(q[inside]))
-            if plausible and count > best[2]:
-                best = affine, inside, count
+    for k in np.flatnonzero(plausible):
+        count = min(_places(p[inside[k]]), _places(q[inside[k]]))
+        if count > best[2]:
+            best = affines[k], inside[k], count
     return best
 
 
