@@ -211,7 +211,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.executions, args.dtypes, args.batch_sizes = ('eager', known['infer'][-2]), ['float32'], [1, 4]
-        args.img_size, args.memory_limit, args.seconds = 64, args.memory_limit or .15, .3
+        args.img_size, args.memory_limit, args.seconds = 64, args.memory_limit or .15, .1
     if device().type == 'cpu':
         torch.set_num_threads(min(os.cpu_count() or 1, torch.get_num_threads()))
     elif args.memory_limit:

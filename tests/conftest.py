@@ -2,6 +2,7 @@
 import argparse
 import atexit
 import csv
+import gc
 import hashlib
 import io
 import itertools
@@ -45,6 +46,8 @@ from timm_densese.data.splits import split_images  # noqa: E402
 from timm_densese.demo import generate_images  # noqa: E402
 from timm_densese.training import TrainConfig, train  # noqa: E402
 
+gc.set_threshold(20_000)  # what was imported is in use for good, and the collector looks at all of it
+
 MODELS = ('se_densenet121', 'se_densenet161', 'se_densenet169', 'se_densenet201', 'se_densenet264d',
           'se_densenetblur121d')
 # A DenseNet small enough for float64 and compilers.
@@ -87,6 +90,11 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     return split, root / 'run' / 'model_best.pth.tar'
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """What may take minutes comes first, so that at the end no process is left with it while the other waits."""
+    items.sort(key=lambda item: item.get_closest_marker('timeout') is None)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -119,7 +127,7 @@ def start_cli(*args, **kwargs) -> multiprocessing.Process:
 
 
 def finish(process: multiprocessing.Process, stdout: Path, stderr: Path) -> subprocess.CompletedProcess:
-    process.join(120)
+    process.join()
     return subprocess.CompletedProcess(stdout, process.exitcode, stdout.read_text(), stderr.read_text())
 
 
@@ -134,12 +142,13 @@ def run_alone(tmp_path_factory):
     return run
 
 
-def two_processes(*args, function=forked.command) -> None:
-    """Run a command in two processes that know of each other, as torchrun starts them."""
+def two_processes(*args, function=forked.command, stdout=os.devnull) -> None:
+    """Run a command in two processes that know of each other, as torchrun starts them; they print to stdout0 and 1."""
     store = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)  # outlives them
     env = dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(store.port),
                TORCHELASTIC_USE_AGENT_STORE='True')
-    processes = [start_alone(function, *args, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(2)]
+    processes = [start_alone(function, *args, RANK=str(rank), LOCAL_RANK=str(rank), **env,
+                             stdout=stdout if stdout == os.devnull else f'{stdout}{rank}') for rank in range(2)]
     for process in processes:
         process.join(120)
         assert process.exitcode == 0

@@ -30,6 +30,22 @@ def command(args) -> int:
     return main(args)
 
 
+def module(args) -> None:
+    """Run python -m timm_densese."""
+    import runpy
+
+    sys.argv = ['timm_densese', *args]
+    runpy.run_module('timm_densese', run_name='__main__', alter_sys=True)
+
+
+def benchmark(args) -> None:
+    """Run a script of benchmarks/."""
+    import importlib
+
+    sys.argv = list(args)
+    importlib.import_module(args[0]).main()
+
+
 def load_models(names) -> None:
     import timm
 

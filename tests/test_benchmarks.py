@@ -3,11 +3,11 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import gpu  # benchmarks/gpu.py
 import pytest
 import tables  # benchmarks/tables.py
@@ -15,12 +15,13 @@ import throughput  # benchmarks/throughput.py
 import timm
 import torch
 import transfer
+from conftest import finish, start_alone
 from PIL import Image
 
 from timm_densese.demo import generate_images
 
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
-TINY = {**os.environ, 'DEVICE': 'cpu', 'TINY_NETS': '1'}
+TINY = {'DEVICE': 'cpu', 'TINY_NETS': '1'}
 
 
 def test_the_readme_quotes_transfer():
@@ -70,10 +71,9 @@ def test_transfer_runs_and_goes_on(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_quick_throughput(tmp_path):
-    result = subprocess.run(
-        [sys.executable, BENCHMARKS / 'throughput.py', '--quick', '--memory-limit', '.03', '--out', tmp_path],
-        capture_output=True, text=True, timeout=1500, env=TINY)
+def test_quick_throughput(tmp_path, run_alone):
+    result = run_alone('throughput', '--quick', '--memory-limit', .03, '--out', tmp_path, function=forked.benchmark,
+                       **TINY)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]
     assert {row['execution'] for row in rows} >= {'eager'}
@@ -126,23 +126,20 @@ def test_a_peer_that_fails_is_a_row(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ctrl_c_leaves_what_was_measured(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, BENCHMARKS / 'throughput.py', '--executions', 'eager', '--dtypes', 'float32', '--kinds',
-         'infer', '--img-size', '64', '--seconds', '.1', '--batch-sizes',
-         *['1', '2', '4', '8', '16', '32'], '--no-largest', '--out', tmp_path],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=TINY)
-    deadline = time.monotonic() + 120
+    process = start_alone(
+        forked.benchmark, 'throughput', '--executions', 'eager', '--dtypes', 'float32', '--kinds', 'infer',
+        '--img-size', 64, '--seconds', .1, '--batch-sizes', 1, 2, 4, 8, 16, 32, '--no-largest', '--out', tmp_path,
+        stdout=tmp_path / 'stdout', stderr=tmp_path / 'stderr', **TINY)
     while not (tmp_path / 'rows.jsonl').exists():
-        assert process.poll() is None, process.stderr.read()[-2000:]
-        assert time.monotonic() < deadline
+        assert process.exitcode is None, (tmp_path / 'stderr').read_text()
         time.sleep(.1)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert 'What was measured is in' in errors
-    assert 'Traceback' not in errors
+    os.kill(process.pid, signal.SIGINT)
+    result = finish(process, tmp_path / 'stdout', tmp_path / 'stderr')
+    assert result.returncode == 1
+    assert 'What was measured is in' in result.stderr
+    assert 'Traceback' not in result.stderr
     rows = [json.loads(line) for line in (tmp_path / 'rows.jsonl').read_text().splitlines()]
-    assert f'{len(rows)} rows' in said
+    assert f'{len(rows)} rows' in result.stdout
     assert list(tmp_path.glob('benchmark-infer-*.csv'))
     assert (tmp_path / 'infer-batch.png').exists()
 
@@ -173,9 +170,8 @@ def test_the_quoted_table(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_gpu_dry_run(tmp_path):
-    result = subprocess.run([sys.executable, BENCHMARKS / 'gpu.py', '--dry-run', '--out', tmp_path],
-                            capture_output=True, text=True, timeout=1500, env=TINY)
+def test_gpu_dry_run(tmp_path, run_alone):
+    result = run_alone('gpu', '--dry-run', '--out', tmp_path, function=forked.benchmark, **TINY)
     record = json.loads((tmp_path / 'gpu.json').read_text())
     assert result.returncode == 0, record['steps']
     assert all('error' not in step and 'left_out' not in step for step in record['steps'].values())

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 import timm
 from conftest import put_on_hub, run_cli, start_cli
@@ -18,12 +20,6 @@ from timm_densese.demo import generate_images
 from timm_densese.models.stats import models_table
 
 ROOT = Path(__file__).parent.parent
-
-
-def run(*args, **env) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, '-m', 'timm_densese', *map(str, args)], env={**os.environ, **env}, capture_output=True,
-        text=True, timeout=280)
 
 
 @pytest.mark.slow
@@ -64,17 +60,18 @@ def test_commands_in_the_docs_are_understood(page, monkeypatch):
 
 
 @pytest.mark.slow
-def test_command_and_module_are_the_same():
+def test_command_and_module_are_the_same(run_alone):
     command = Path(sys.executable).with_name('timm-densese')
     if not command.exists():
         pytest.skip('the timm-densese command is missing: pip install -e .')
     out = subprocess.run([command, '--help'], capture_output=True, text=True, check=True).stdout
-    assert out == run('--help').stdout != ''
+    assert out == run_alone('--help', function=forked.module).stdout != ''
 
 
 @pytest.mark.slow
 def test_demo_on_generated_images_without_a_hub(tmp_path, monkeypatch):
     monkeypatch.setattr('timm_densese.demo.IMG_SIZE', 48)
+    monkeypatch.setattr('timm_densese.demo.generate_images', partial(generate_images, per_class=16, size=48))
     monkeypatch.setattr('huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE',
                         'http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}')
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'cache'))

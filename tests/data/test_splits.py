@@ -43,13 +43,17 @@ def picture(seed):
     return Image.blend(coarse, fine, .5)
 
 
-def folder_of_images(root, classes=('a', 'b'), patients=20, shots=1):
-    for c, label in enumerate(classes):
+def plain(seed):
+    return Image.new('RGB', (24, 24), (6 * seed % 256, 6 * seed // 256, 9))
+
+
+def folder_of_images(root, patients=20, shots=1, draw=plain):
+    for c, label in enumerate('ab'):
         (root / label).mkdir(parents=True)
         for patient in range(patients):
             for shot in range(shots):
                 seed = (c * patients + patient) * shots + shot
-                picture(seed).save(root / label / f'p{c}{patient:02}-{shot}.png')
+                draw(seed).save(root / label / f'p{c}{patient:02}-{shot}.png')
     return root
 
 
@@ -78,7 +82,7 @@ def test_msld_split(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_same_seed_same_split(tmp_path):
-    src = folder_of_images(tmp_path / 'src')
+    src = folder_of_images(tmp_path / 'src', patients=8, draw=picture)
     splits = []
     for name, seed in (('x', 0), ('y', 0), ('z', 1)):
         split_images(src, tmp_path / name, seed=seed)
@@ -87,7 +91,7 @@ def test_same_seed_same_split(tmp_path):
 
 
 def test_what_belongs_together_stays_together(tmp_path, capsys):
-    src = folder_of_images(tmp_path / 'src')
+    src = folder_of_images(tmp_path / 'src', draw=picture)
     together = []
     for i, (name, change) in enumerate({
         'flip': lambda im: im.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
@@ -245,7 +249,8 @@ def test_a_report_is_not_written_into_what_it_is_linked_to(tmp_path):
     """As an image of an earlier split is to its source."""
     src = folder_of_images(tmp_path / 'src')
     first, second = sorted((src / 'a').iterdir())[:2]
-    Image.open(first).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(second)
+    picture(0).save(first)
+    picture(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(second)
     before = first.read_bytes()
     os.link(first, tmp_path / 'pairs.png')
     split_images(src, tmp_path / 'out', report=tmp_path / 'pairs.png')

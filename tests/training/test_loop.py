@@ -13,7 +13,7 @@ from timm_densese.publish import publish
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    return write_split(tmp_path_factory.mktemp('data'), 30)
+    return write_split(tmp_path_factory.mktemp('data'), 20)
 
 
 @pytest.mark.slow
