@@ -32,7 +32,7 @@ COMPILED = ('compile', 'freezing', 'max-autotune')
 Run = Callable[[], Any]
 # What TINY_NETS=1 makes of the nets, for a dry run that asks whether all runs and not how fast. Nothing is compiled.
 TINY: dict[str, dict[str, Any]] = {
-    'densenet121': {'growth_rate': 4, 'block_config': (1, 2)}, 'seresnet50': {'layers': (1, 1, 1, 1)},
+    'densenet121': {'growth_rate': 4, 'block_config': (1, 1)}, 'seresnet50': {'layers': (1, 1, 1, 1)},
     'rdnet_tiny': {'num_init_features': 8, 'growth_rates': [8, 8], 'num_blocks_list': [1, 1],
                    'is_downsample_block': [None, True], 'transition_compression_ratio': .5,
                    'block_type': ['Block', 'Block']}}

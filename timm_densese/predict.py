@@ -14,7 +14,7 @@ from torchvision.transforms import Compose, Grayscale
 from tqdm import tqdm  # comes with huggingface_hub
 
 from .checkpoints import Checkpoint, Model, load_model
-from .data.images import find_images, read_image
+from .data.images import find_images, read_image, start_worker
 from .errors import CheckpointError, OptionError
 from .files import check_new_file, replace_file
 from .thresholds import Calibration, name_call, read_calibration
@@ -88,7 +88,7 @@ def load_batches(
     """
     loader: Any = DataLoader(
         _Files(paths, create_image_transform(data_config)), batch_size, collate_fn=list,
-        num_workers=workers if len(paths) > batch_size else 0)
+        num_workers=workers if len(paths) > batch_size else 0, worker_init_fn=start_worker)
     with tqdm(total=len(paths), desc=desc, unit='image') as progress:
         for batch in loader:
             good = [(index, image) for index, image, _ in batch if image is not None]

@@ -99,7 +99,7 @@ def test_excitation_size():
 @placements
 @pytest.mark.parametrize('attn_layer', ATTN_LAYERS)
 def test_each_attention_trains_and_scripts(placement, attn_layer):
-    model = create(se_placement=placement, attn_layer=attn_layer)
+    model = create(se_placement=placement, attn_layer=attn_layer, block_config=(1, 2))
     model(IMAGE).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     model.eval()

@@ -16,7 +16,7 @@ from timm.task import ClassificationTask, load_task_ema_checkpoint
 from timm.utils import random_seed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ..data.images import ImageFolder, list_images, read_image
+from ..data.images import ImageFolder, list_images, read_image, start_worker
 from ..errors import OptionError, TrainingError
 from ..files import printable
 from ..options import option_errors
@@ -206,7 +206,7 @@ def _create_loaders(
     # Workers live on from epoch to epoch: where processes are not forked, each takes seconds to start. A generator of
     # their own: starting them draws a number, and the model's dropout is not to depend on how often that happens.
     workers: Dict[str, Any] = {'num_workers': config.workers, 'persistent_workers': config.workers > 0,
-                               'generator': torch.Generator()}
+                               'generator': torch.Generator(), 'worker_init_fn': start_worker}
     # The sampler deals the shuffled images out one by one: batch k of all processes together holds the same images,
     # however many processes there are.
     train_loader = DataLoader(
