@@ -4,7 +4,7 @@ PYTHON ?= python3
 DATA ?= $(wildcard ../shared/data/msld)
 BIN := .venv/bin
 # Two tests at a time, with a thread each: processes of torch with more threads than cores wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo check test types tests fast-tests chromium lower-bounds clean
 

@@ -91,8 +91,9 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def pytest_collection_modifyitems(items) -> None:
-    """What may take minutes comes first, so that at the end no process is left with it while the other waits."""
-    items.sort(key=lambda item: item.get_closest_marker('timeout') is None)
+    """The longest files come first, so that at the end no process is left with one while the other waits."""
+    longest = ('test_benchmarks.py', 'test_study.py', 'test_splits.py', 'test_loop.py', 'test_records.py')
+    items.sort(key=lambda item: item.path.name not in longest)
 
 
 @pytest.fixture(autouse=True)

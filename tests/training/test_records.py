@@ -26,7 +26,7 @@ def assert_same_training(whole, resumed):
 @pytest.mark.slow
 def test_ten_kills_change_nothing(small_split, tmp_path):
     """At random moments of an epoch, of its checkpoints and of the start."""
-    args = ('train', small_split, *ARGS, '--epochs', 24, '--drop', .2)
+    args = ('train', small_split, *ARGS, '--epochs', 48, '--drop', .2)
     whole = start_cli(*args, '--workers', 1, '--output', tmp_path / 'whole')
     output = tmp_path / 'killed'
     args = (*args, '--workers', 0, '--output', output)
