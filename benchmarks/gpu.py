@@ -124,7 +124,7 @@ def main() -> None:
     out = args.out or RESULTS / f'gpu-{name}{"-dry-run" if dry else ""}'
     out.mkdir(parents=True, exist_ok=True)
     size, batches = (32, (1, 2)) if dry else (224, (1, 64))
-    limit, guess, part = (.02, 128, 2) if dry else (None, 256, 16)
+    limit, guess, part = (.02, 64, 2) if dry else (None, 256, 16)
     if dry:
         os.environ['TINY_NETS'] = '1'
     steps, bench = Steps(out, args.minutes), Bench(out, size, .02 if dry else 2, 3 if dry else 10)

@@ -46,7 +46,7 @@ def test_copies_that_tools_name(tmp_path, tool, textured):
     rng = random.Random(0)
     for label in 'AB':
         (tmp_path / 'src' / label).mkdir(parents=True)
-        for i in range(6):
+        for i in range(4):
             for c in range(3):
                 seed = 1000 * ord(label) + i
                 image = turned(picture(seed), rng) if textured and i else plain(7 * seed + c)
@@ -55,9 +55,9 @@ def test_copies_that_tools_name(tmp_path, tool, textured):
     by_original = defaultdict(set)
     for file, group in found.items():
         by_original[file[0], original(file[2:-4])].add(group)
-    assert len(by_original) == 12
+    assert len(by_original) == 8
     assert all(len(g) == 1 for g in by_original.values())
-    assert len(set(found.values())) == 12
+    assert len(set(found.values())) == 8
 
 
 @pytest.mark.slow
@@ -125,9 +125,9 @@ def test_a_class_of_copies_is_one_line(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(('sizes', 'test', 'message'), [
     ((1,) * 20, .2, ''),
-    ((12, 12, 12), .2, 'NOTE: test has 24 of 72 images (33%), and 14 (20%) were asked for'),
+    ((6, 6, 6), .2, 'NOTE: test has 12 of 36 images (33%), and 7 (20%) were asked for'),
     ((30, 1, 1), .5, 'NOTE: test has the classes in other shares than asked for, by the groups: A'),
-    ((60, 1, 1, 1), .2, 'were asked for: groups are not parted, and the largest has 60 images'),
+    ((30, 1, 1, 1), .2, 'were asked for: groups are not parted, and the largest has 30 images'),
 ], ids=['many', 'some', 'uneven', 'one with nearly all'])
 def test_shares_that_groups_forbid(tmp_path, capsys, sizes, test, message):
     """Said where a share is missed, and refused where far from it."""

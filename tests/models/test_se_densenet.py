@@ -294,7 +294,7 @@ def test_compiles_without_a_graph_break(placement):
 
 @pytest.mark.slow
 def test_inductor():
-    model = create(block_config=(1, 1)).eval()
+    model = create(block_config=(1,)).eval()
     with torch.inference_mode():
         assert relative_error(torch.compile(model, fullgraph=True)(IMAGE), model(IMAGE)) < 1e-4
 
