@@ -28,6 +28,16 @@ def step(net, image):
     return net.train()(image)
 
 
+def assert_same_in_each_dtype(model, densenet, image, placement):
+    """Bit for bit; the DenseNet ends in float32, rounded to bfloat16."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        densenet.to(dtype)
+        model.to(dtype)
+        assert torch.equal(model.eval()(image.to(dtype)), densenet.eval()(image.to(dtype))), (dtype, placement)
+        assert torch.equal(step(model, image.to(dtype)), step(densenet, image.to(dtype))), (dtype, placement)
+    densenet.to(torch.float32)
+
+
 # The same outputs and the same training.
 
 
@@ -41,12 +51,7 @@ def test_same_outputs_to_the_bit(name):
     image = torch.randn(2, 3, 64, 64)
     for placement in SE_PLACEMENTS:
         model = from_state_dict(name, densenet.state_dict(), se_placement=placement, **kwargs)
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            densenet.to(dtype)
-            model.to(dtype)
-            assert torch.equal(model.eval()(image.to(dtype)), densenet.eval()(image.to(dtype))), (dtype, placement)
-            assert torch.equal(step(model, image.to(dtype)), step(densenet, image.to(dtype))), (dtype, placement)
-        densenet.to(torch.float32)
+        assert_same_in_each_dtype(model, densenet, image, placement)
 
 
 @pytest.mark.slow
@@ -58,12 +63,7 @@ def test_same_outputs_with_each_attention(attn_layer, gate_layer):
     densenet = trained_densenet('densenet121', **SMALL)
     for placement in SE_PLACEMENTS:
         _, model = small_pair(densenet, se_placement=placement, attn_layer=attn_layer, gate_layer=gate_layer)
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
-            densenet.to(dtype)
-            model.to(dtype)
-            assert torch.equal(model.eval()(image.to(dtype)), densenet.eval()(image.to(dtype))), (dtype, placement)
-            assert torch.equal(step(model, image.to(dtype)), step(densenet, image.to(dtype))), (dtype, placement)
-        densenet.to(torch.float32)
+        assert_same_in_each_dtype(model, densenet, image, placement)
 
 
 @pytest.mark.parametrize('placement', SE_PLACEMENTS)
