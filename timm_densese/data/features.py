@@ -191,7 +191,7 @@ def _fit(a: Features, b: Features, i: np.ndarray, j: np.ndarray) -> tuple[np.nda
     """The affine map (2, 3) from points `i` of `a` to points `j` of `b` that most agree on, which do, and how many."""
     p, q = a.xy[i], b.xy[j]
     zoom = b.zoom[j] - a.zoom[i]
-    x, y = (xy.astype(np.float32).view(np.complex64)[:, 0] for xy in (p, q))
+    x, y = (xy.view(np.complex64)[:, 0] for xy in (p, q))
     # Row k: how far match k's own shift, turn and zoom takes each point from where it should be.
     similarity = np.exp2(zoom) * np.exp(1j * (b.turn[j] - a.turn[i]))
     off = np.abs(similarity[:, None] * (x - x[:, None]) + y[:, None] - y)
