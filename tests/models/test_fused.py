@@ -97,7 +97,7 @@ CHANGES = {
     'forward': lambda net: override(conv1(net)),
     'hook': lambda net: conv1(net).register_forward_hook(lambda module, args, out: out * 2),
     'pre-hook': lambda net: layer(net).conv1.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
-    'hook on an activation': lambda net: layer(net).se.register_forward_hook(lambda module, args, out: out * 2),
+    'attention': lambda net: setattr(layer(net), 'se', nn.Tanh()),
 }
 
 

@@ -6,14 +6,15 @@ writes its features into one channels_last buffer, from which the next ones read
 The modules' parameters are all that there is. Each call reads them, and keeps nothing for the next.
 """
 import functools
+import operator
 from typing import Any, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .plain import has_global_hooks, has_hooks, is_transformed
-from .pointwise import affine_relu, relu_
+from .plain import has_global_hooks, is_transformed
+from .pointwise import relu_
 
 __all__ = ['FusedDenseBlock', 'FusedReLU', 'NormConv', 'fold_after']
 
@@ -87,16 +88,22 @@ class _FusedLayer(nn.Module):
         super().__init__()
         self.conv1 = NormConv(layer.norm1, fold_after(layer.conv1, layer.norm2))
         self.conv2 = layer.conv2
-        self.se = getattr(layer, 'se', nn.Identity())
+        self.se = getattr(layer, 'se', None)
         self.train(layer.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.se(self.conv2(self.conv1(x).relu_()))
+        x = self.conv2(self.conv1(x).relu_())
+        return x if self.se is None else self.se(x)
 
 
-# Kernel size, stride, padding, dilation, groups and padding mode.
-_CONV1 = (1, 1), (1, 1), (0, 0), (1, 1), 1, 'zeros'
-_CONV2 = (3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'
+# What a module must have for its parameters to be all that it computes with.
+_read_hooks = operator.itemgetter('_forward_hooks', '_forward_pre_hooks')
+_read_conv = operator.itemgetter(
+    '_forward_hooks', '_forward_pre_hooks',
+    'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
+_NO_HOOKS: Any = {}, {}
+_CONV1: Any = {}, {}, (1, 1), (1, 1), (0, 0), (1, 1), 1, 'zeros'
+_CONV2: Any = {}, {}, (3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'
 _TENSORS = frozenset((nn.Parameter, torch.Tensor))
 
 
@@ -114,17 +121,18 @@ def _read_layer(layer: Any) -> Optional[Tuple[Any, ...]]:
     conv1 = norm_conv._modules['conv']
     if type(conv1) is not nn.Conv2d:
         return None
-    for module in (layer, norm_conv, conv1, conv2):
-        if module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module):
-            return None
-    for conv, geometry in ((conv1, _CONV1), (conv2, _CONV2)):
-        if (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) != geometry:
-            return None
+    states = layer.__dict__, norm_conv.__dict__, conv1.__dict__, conv2.__dict__
+    if (
+        _read_hooks(states[0]) != _NO_HOOKS or _read_hooks(states[1]) != _NO_HOOKS
+        or _read_conv(states[2]) != _CONV1 or _read_conv(states[3]) != _CONV2
+        or 'forward' in states[0] or 'forward' in states[1] or 'forward' in states[2] or 'forward' in states[3]
+    ):
+        return None
     ours, first, second = norm_conv._parameters, conv1._parameters, conv2._parameters
     tensors = tuple(map(dict.get, (ours, ours, first, first, second), ('scale', 'shift', 'weight', 'bias', 'weight')))
     if second.get('bias') is not None or not _TENSORS.issuperset(map(type, tensors)):
         return None
-    return *tensors, None if type(se) is nn.Identity and not has_hooks(se) else se
+    return *tensors, se
 
 
 class FusedDenseBlock(nn.Module):
@@ -170,9 +178,9 @@ class FusedDenseBlock(nn.Module):
     @torch.jit.ignore
     def _forward_buffer(self, x: torch.Tensor, layers: List[Any]) -> torch.Tensor:
         batch_size, end, height, width = x.shape
-        growth = [len(weight2) for *_, weight2, _ in layers]
+        growth = [weight2.shape[0] for *_, weight2, _ in layers]
         channels = end + sum(growth)
-        if x.device.type == 'cpu':
+        if x.is_cpu:
             _keep_freed_memory()
         pixels = torch.empty((batch_size * height * width, channels), dtype=x.dtype, device=x.device)
         buffer = pixels.view(batch_size, height, width, channels).permute(0, 3, 1, 2)  # channels_last
@@ -180,20 +188,21 @@ class FusedDenseBlock(nn.Module):
         first.copy_(x)
         # A convolution on a CPU reorders its weights on every call. For few pixels that takes longer than its kernel
         # saves against that of a matrix product.
-        is_product = x.device.type == 'cpu' and len(pixels) <= 1024
+        is_product = x.is_cpu and len(pixels) <= 1024
         small = [t for scale, shift, _, bias1, *_ in layers for t in (scale, shift, bias1)]
         if {t.dtype for t in small} != {x.dtype}:  # autocast, for which one copy is as slow as all in one
             small = list(torch.cat(small).to(x.dtype).split([len(t) for t in small]))
         for i, (_, _, weight1, _, weight2, se) in enumerate(layers):
             scale, shift, bias1 = small[3 * i:3 * i + 3]
-            y = affine_relu(pixels.narrow(1, 0, end), scale, shift)
+            y = relu_(torch.addcmul(shift, pixels.narrow(1, 0, end), scale))
             if is_product:
-                y = F.linear(y, weight1.flatten(1), bias1).view(batch_size, height, width, -1).permute(0, 3, 1, 2)
+                y = relu_(torch.mm(y, weight1.flatten(1).t()).add_(bias1))
+                y = y.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
             else:
-                y = F.conv2d(y.view(batch_size, height, width, end).permute(0, 3, 1, 2), weight1, bias1)
-            y = F.conv2d(relu_(y), weight2, None, 1, 1)
-            shape = y.shape
+                y = relu_(F.conv2d(y.view(batch_size, height, width, end).permute(0, 3, 1, 2), weight1, bias1))
+            y = F.conv2d(y, weight2, None, 1, 1)
             if se is not None:
+                shape = y.shape
                 y = se(y)
                 if y.shape != shape:
                     raise ValueError(f'An attention made features of {tuple(y.shape)} of those of {tuple(shape)}.')

@@ -21,9 +21,10 @@ def relu_(x: torch.Tensor) -> torch.Tensor:
     Returns:
         x.
     """
-    if x.dtype not in _MINUS_INFINITY or x.device.type != 'cpu':
+    minus_infinity = _MINUS_INFINITY.get(x.dtype) if x.is_cpu else None
+    if minus_infinity is None:
         return x.relu_()
-    torch.threshold_(x.view(torch.int16), _MINUS_INFINITY[x.dtype], 0)  # without the checks of F.threshold
+    torch.threshold_(x.view(torch.int16), minus_infinity, 0)  # without the checks of F.threshold
     return x
 
 
