@@ -1,6 +1,7 @@
 """Scores against scikit-learn and formulas, intervals by patient, leaks, and the page."""
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import PageReader, put_on_hub
+from conftest import PageReader, put_on_hub, run_training
 from PIL import Image
 from scipy.stats import binomtest
 from sklearn import metrics as sk
@@ -16,6 +17,8 @@ from sklearn import metrics as sk
 from timm_densese.checkpoints import load_model
 from timm_densese.cli import main
 from timm_densese.data.images import find_images
+from timm_densese.data.splits import split_images
+from timm_densese.demo import generate_images
 from timm_densese.errors import ImagesError, ModelNotFoundError, OptionError, UserError
 from timm_densese.evaluate import evaluate, run_split
 from timm_densese.metrics import fit_temperature, format_metric, softmax
@@ -146,9 +149,29 @@ def test_leaks_are_found_whatever_the_split_is_called_and_where_no_table_lists_t
 
 
 @pytest.mark.slow
+def test_images_that_were_trained_on_and_are_gone_are_told(tmp_path):
+    """Split anew under the same name, or trained on in the run that another began from."""
+    generate_images(tmp_path / 'images', per_class=20, size=32)
+    for seed in range(2):
+        split_images(tmp_path / 'images', tmp_path / f'seed{seed}', seed=seed)
+    os.rename(tmp_path / 'seed0', tmp_path / 'split')
+    run_training(tmp_path / 'split', tmp_path / 'first')
+    os.rename(tmp_path / 'split', tmp_path / 'seed0')
+    os.rename(tmp_path / 'seed1', tmp_path / 'split')
+    run_training(tmp_path / 'split', tmp_path / 'second', initial_checkpoint=str(tmp_path / 'first' / 'last.pth.tar'))
+
+    def told(name, data):
+        return evaluate(str(tmp_path / name / 'last.pth.tar'), data, tmp_path / f'{name}-{data.name}', resamples=20,
+                        workers=0)['warnings']
+
+    for name in ('first', 'second'):
+        warnings = told(name, tmp_path / 'split')
+        assert any(f'{tmp_path / "split" / "train"} no longer holds the images' in w for w in warnings)
+    assert not any('no longer' in w for w in told('first', tmp_path / 'seed0'))  # moved, and found by what it holds
+
+
+@pytest.mark.slow
 def test_converted_images_are_known_by_split_csv(trained, tmp_path):
-    from timm_densese.data.splits import split_images
-    from timm_densese.demo import generate_images
     generate_images(tmp_path / 'images', per_class=12, size=32)
     for path in (tmp_path / 'images').glob('*/*.png'):
         Image.open(path).save(path.with_suffix('.bmp'))

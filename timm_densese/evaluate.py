@@ -27,6 +27,7 @@ from .metrics import (
     write_metrics,
 )
 from .predict import compute_logits
+from .recipes import recorded_images
 from .report import write_page
 from .subgroups import read_subgroups, subgroup_scores, warn_of_few
 from .thresholds import (
@@ -296,13 +297,14 @@ def run_split(
 
 def _leaks(scored: ScoredImages, data: Path, recipe: Dict[str, Any]) -> List[str]:
     """What the scored images share with those trained on: bytes, groups of split.csv, pictures, MSLD's patients."""
-    splits = {'train', str(recipe.get('train_split') or 'train')}
-    trained_on = recipe.get('data_dir') or recipe.get('data')
+    sets = recorded_images(recipe)
+    splits = {'train', *(folder.name for folder, _ in sets)}
+    digests: Set[str] = set()
     hashes: Set[str] = set()
     listed: Set[str] = set()
     grouped: Set[int] = set()
     files: Dict[str, Path] = {}
-    for folder in {Path(f).resolve() for f in (data, trained_on) if f and Path(f).is_dir()}:
+    for folder in {f.resolve() for f in (data, *(folder.parent for folder, _ in sets)) if f.is_dir()}:
         table = read_split(folder)
         groups = table.groups()
         train = {digest for split in splits for digest in table.hashes(split)}
@@ -310,9 +312,10 @@ def _leaks(scored: ScoredImages, data: Path, recipe: Dict[str, Any]) -> List[str
         grouped |= {i for i, digest in enumerate(scored.hashes) if groups.get(digest) in train_groups}
         listed |= groups.keys()
         hashes |= train
-        # Also what is in no table, or was put there since.
-        files.update({sha256(path): path for split in splits if (folder / split).is_dir()
-                      for path, _ in list_images(folder / split).samples})
+        for images in [list_images(folder / split) for split in splits if (folder / split).is_dir()]:
+            digests.add(images.digest())
+            # Also what is in no table, or was put there since.
+            files.update({sha256(path): path for path, _ in images.samples})
     hashes |= files.keys()
     shared = {i for i, digest in enumerate(scored.hashes) if digest in hashes}
     unlisted = [i for i, digest in enumerate(scored.hashes) if digest not in listed and digest not in hashes]
@@ -330,8 +333,12 @@ def _leaks(scored: ScoredImages, data: Path, recipe: Dict[str, Any]) -> List[str
                         (grouped - shared - copies, 'are of patients or groups trained on')):
         if found:
             warnings.append(f'LEAK: {len(found)} of the {len(scored.paths)} images {what}. These scores are no test.')
+    gone = sorted({str(folder) for folder, digest in sets if digest and digest not in digests})
     if not hashes:
         warnings.append('It is not known which images were trained on, so a leak cannot be excluded.')
+    elif gone:
+        warnings.append(f'{", ".join(gone)} no longer holds the images that were trained on, so a leak cannot be '
+                        f'excluded.')
     return warnings
 
 

@@ -2,7 +2,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List, Optional, Tuple
 
 import yaml
 from PIL import Image
@@ -10,11 +10,11 @@ from timm.data import create_transform, resolve_input_data_config
 
 from .errors import CheckpointFileError
 
-__all__ = ['read_preprocessing', 'read_recipe', 'recorded_args']
+__all__ = ['read_preprocessing', 'read_recipe', 'recorded_args', 'recorded_images']
 
 _INPUT = ('img_size', 'input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 _KINDS = {'model_args': dict, 'model_kwargs': dict, 'class_names': list, 'data_dir': str, 'data': str,
-          'train_split': str, 'val_split': str}
+          'train_split': str, 'val_split': str, 'trained_on': list}
 _MAX_PIXELS = 2 ** 24  # numbers in one image
 
 
@@ -68,6 +68,24 @@ def recorded_args(recipe: Dict[str, Any]) -> Dict[str, Any]:
     options = {'global_pool': recipe.get('gp'), 'in_chans': recipe.get('in_chans'),
                'num_classes': recipe.get('num_classes')}
     return {**{k: v for k, v in options.items() if v}, **(recipe.get('model_kwargs') or {})}
+
+
+def recorded_images(recipe: Dict[str, Any]) -> List[Tuple[Path, Optional[str]]]:
+    """Give the folders of images that reached the weights, of this run and of those that it started from.
+
+    Args:
+        recipe: What the run recorded.
+
+    Returns:
+        Each folder, and the digest of its images (see `ImageFolder.digest`), None where it was not recorded.
+    """
+    recorded = [part for part in recipe.get('trained_on') or [] if isinstance(part, dict)]
+    found = [(Path(str(part.get('folder'))), str(part['images']) if part.get('images') else None) for part in recorded]
+    root = recipe.get('data_dir') or recipe.get('data')
+    own = Path(root) / str(recipe.get('train_split') or 'train') if root else None
+    if own and own not in [folder for folder, _ in found]:  # all that timm's train.py records
+        found.append((own, None))
+    return found
 
 
 def read_preprocessing(file: Path, net: Any, recipe: Dict[str, Any]) -> Dict[str, Any]:

@@ -91,6 +91,24 @@ def test_what_cannot_be_resumed(small_split, another, tmp_path):
         run_training(small_split, run, resume=str(run / 'last.pth.tar'), **own)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda train: (train / 'spots').rename(train / 'zspots'), 'began with the classes spots, stripes, .* stripes, zs'),
+    (lambda train: min((train / 'spots').iterdir()).unlink(), 'began with other images'),
+    (lambda train: min((train / 'spots').iterdir()).rename(train / 'stripes' / 'moved.png'), 'began with other images'),
+    (lambda train: shutil.copy(*sorted((train / 'spots').iterdir())[:2]), 'began with other images'),
+])
+def test_a_run_goes_on_with_its_images_alone(small_split, tmp_path, change, message):
+    shutil.copytree(small_split, tmp_path / 'data')
+    run_training(tmp_path / 'data', tmp_path / 'run')
+    change(tmp_path / 'data' / 'train')
+    if 'classes' in message:
+        change(tmp_path / 'data' / 'val')
+    with pytest.raises(OptionError, match=f'{message}.*--initial-checkpoint'):
+        run_training(tmp_path / 'data', tmp_path / 'run', epochs=2, resume=str(tmp_path / 'run' / 'last.pth.tar'))
+    assert len(read_summary(tmp_path / 'run')) == 1
+
+
 def test_a_checkpoint_tells_of_itself_and_what_contradicts_it_does_not_fit(another, tmp_path):
     shutil.copytree(another.parent, tmp_path / 'run')
     args = yaml.safe_load((another.parent / 'args.yaml').read_text())

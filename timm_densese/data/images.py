@@ -1,5 +1,6 @@
 """Which files are images of which class, in which order, and how one is read."""
 import glob
+import hashlib
 import os
 import re
 import sys
@@ -77,6 +78,12 @@ class ImageFolder(NamedTuple):
     classes: List[str]
     samples: List[Tuple[Path, int]]
     loose: List[Path]
+
+    def digest(self) -> str:
+        """Hash the images' paths below the folder and their sizes: another digest tells of other images or classes."""
+        lines = [f'{path.relative_to(self.root).as_posix()} {path.stat().st_size if path.exists() else 0}'
+                 for path, _ in self.samples]
+        return hashlib.sha256('\n'.join(lines).encode('utf-8', 'surrogateescape')).hexdigest()
 
 
 def list_images(root: Union[str, Path]) -> ImageFolder:

@@ -1,7 +1,7 @@
 """What a training is made of, ready to start: images, model, optimizer, schedule."""
 import random
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ContextManager, Dict, List, Optional, Set, Tuple
@@ -17,9 +17,11 @@ from timm.utils import random_seed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ..data.images import ImageFolder, list_images, read_image, start_worker
-from ..errors import OptionError, TrainingError
+from ..errors import CheckpointFileError, OptionError, TrainingError
 from ..files import printable
+from ..models.untrusted import read_checkpoint
 from ..options import option_errors
+from ..recipes import read_recipe, recorded_images
 from .config import TrainConfig
 from .model import WeightedCrossEntropy, create_model, create_optimizer, place_model, resume_run, try_out
 
@@ -91,6 +93,7 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
         raise TrainingError(
             f'{config.train_split}/ holds {len(train_set.samples)} images, too few for {world} processes.')
 
+    images = train_set.digest()
     random_seed(config.seed)
     model, data_config, made_of = create_model(config, len(classes))
     if any(tensor.is_meta for tensor in model.state_dict().values()):
@@ -103,7 +106,7 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
     # Task and optimizer, in the order of timm's train.py.
     task = ClassificationTask(model, _create_loss(config, train_set, len(classes)), device=device, verbose=False)
     optimizer = create_optimizer(config, model)
-    start_epoch = resume_run(config, task, optimizer) if config.resume else 0
+    start_epoch = resume_run(config, task, optimizer, classes, images) if config.resume else 0
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         if config.resume:
@@ -123,9 +126,21 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
             updates_per_epoch=_updates_per_epoch(config, train_loader))
     recorded = {
         **asdict(config), **made_of, 'num_classes': len(classes), 'class_names': classes,
+        'trained_on': _trained_on(config, images),
         **{k: list(v) if isinstance(v, tuple) else v for k, v in data_config.items()}}
     return Run(config, device, world, rank, classes, data_config, recorded, task, optimizer, scheduler, train_loader,
                val_loader, start_epoch)
+
+
+def _trained_on(config: TrainConfig, images: str) -> List[Dict[str, Optional[str]]]:
+    """The images that reach the weights: this run's, and those of the runs that it starts from."""
+    found: Dict[str, Tuple[Path, Optional[str]]] = {images: (Path(config.data_dir) / config.train_split, images)}
+    for file in map(Path, filter(None, (config.resume, config.initial_checkpoint, config.pretrained_path))):
+        with suppress(CheckpointFileError):  # weights of others, which record nothing
+            saved = {} if file.suffix == '.safetensors' else read_checkpoint(file)
+            for folder, digest in recorded_images(read_recipe(file, saved)):
+                found.setdefault(digest or str(folder), (folder, digest))
+    return [{'folder': str(folder), 'images': digest} for folder, digest in found.values()]
 
 
 def _updates_per_epoch(config: TrainConfig, loader: DataLoader) -> int:

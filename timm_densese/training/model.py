@@ -1,8 +1,8 @@
 """The model of a training, as it starts: created, tried out, placed; its loss, and where a resumed run stands."""
 import copy
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
 import timm
 import torch
@@ -155,19 +155,27 @@ def place_model(config: TrainConfig, model: Any, device: torch.device, world: in
             convert_sync_batchnorm(model)
 
 
-def resume_run(config: TrainConfig, task: ClassificationTask, optimizer: torch.optim.Optimizer) -> int:
+def resume_run(
+        config: TrainConfig,
+        task: ClassificationTask,
+        optimizer: torch.optim.Optimizer,
+        classes: List[str],
+        images: str,
+) -> int:
     """Load model and optimizer of a run, keeping this run's options of the optimizer.
 
     Args:
         config: Options.
         task: Gets the weights.
         optimizer: Gets the state.
+        classes: Names of the classes now.
+        images: Digest of the images now.
 
     Returns:
         The next epoch.
 
     Raises:
-        OptionError: The file is none that a run in this folder can go on from.
+        OptionError: The file is none that a run in this folder can go on from, or the run began with other images.
     """
     given = f'--resume {config.resume}'
     anew = f'To start a new run from its weights, give --initial-checkpoint {config.resume} and a new --output.'
@@ -181,6 +189,7 @@ def resume_run(config: TrainConfig, task: ClassificationTask, optimizer: torch.o
         saved = load_checkpoint_metadata(config.resume)
         if 'optimizer' not in saved or 'epoch' not in saved:
             raise OptionError(f'{given} holds no state of the optimizer, so that no run can go on from it. {anew}')
+        _check_same_images(config, getattr(saved.get('args'), '__dict__', {}), classes, images, anew)
         start_epoch = resume_task_checkpoint(task, config.resume, optimizer=optimizer, log_info=False) or 0
     except OptionError:
         raise
@@ -192,6 +201,19 @@ def resume_run(config: TrainConfig, task: ClassificationTask, optimizer: torch.o
         group.pop('initial_lr', None)  # the schedule's; a run that failed is resumed with another --lr
         group.update(now)
     return start_epoch
+
+
+def _check_same_images(config: TrainConfig, began: Dict[str, Any], classes: List[str], images: str, anew: str) -> None:
+    folder = Path(config.data_dir) / config.train_split
+    with suppress(KeyError, IndexError, TypeError):  # of another kind, or recorded before images were
+        if began['class_names'] != classes:
+            raise OptionError(
+                f'--resume {config.resume}: the run began with the classes {", ".join(began["class_names"])}, and '
+                f'{folder} holds {", ".join(classes)}. The model\'s outputs would change places. {anew}')
+        if began['trained_on'][0]['images'] != images:
+            raise OptionError(
+                f'--resume {config.resume}: the run began with other images than those in {folder} now. They were '
+                f'added, removed, moved or changed since, so that its scores would be of two sets. {anew}')
 
 
 class WeightedCrossEntropy(nn.Module):
