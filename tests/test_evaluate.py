@@ -167,6 +167,9 @@ def test_images_that_were_trained_on_and_are_gone_are_told(tmp_path):
     for name in ('first', 'second'):
         warnings = told(name, tmp_path / 'split')
         assert any(f'{tmp_path / "split" / "train"} no longer holds the images' in w for w in warnings)
+    found = evaluate(str(tmp_path / 'first' / 'last.pth.tar'), tmp_path / 'seed0', tmp_path / 'val', split='val',
+                     resamples=20, workers=0)
+    assert 'val/ chose the epoch of the training: its scores are no test.' in found['warnings']
     assert not any('no longer' in w for w in told('first', tmp_path / 'seed0'))  # moved, and found by what it holds
 
 

@@ -274,6 +274,14 @@ def test_what_the_study_rests_on_may_not_change(images, whole, tmp_path):
     assert refused.returncode == 2
     assert 'images was 24, named' in refused.stderr
     extra.unlink()
+    changed = min((tmp_path / 'images' / 'spots').iterdir())
+    content = changed.read_bytes()
+    changed.unlink()  # the study has a link to it
+    shutil.copy(min((tmp_path / 'images' / 'stripes').iterdir()), changed)
+    refused = run_cli(*args)
+    assert refused.returncode == 2
+    assert f'1 of 24 have changed since it began, such as spots/{changed.name}' in refused.stderr
+    changed.write_bytes(content)
     assert run_cli(*args).returncode == 0
 
 

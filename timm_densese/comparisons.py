@@ -203,7 +203,8 @@ def describe_difference(
     if adjusted < LEVEL and beyond:
         verdict = 'better' if test.mean > 0 else 'worse'
         return {**found, 'verdict': verdict, 'words': f'{verdict}, by {abs(interval["value"]):.3f}'}
-    shown = f'they would show a difference of {found["detectable"]:.3f} four times in five'
+    shown = f'they would show a difference of {found["detectable"]:.3f} four times in five' \
+        if found['detectable'] <= 1 else 'they would show no difference that there can be'
     times = (found['detectable'] / max(abs(test.mean), 1e-12)) ** 2  # the variance falls with the number of patients
     if times > _MOST_TIMES:
         words = f'these data cannot tell, nor would {_MOST_TIMES} times as many {unit}; {shown}'

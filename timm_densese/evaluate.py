@@ -112,6 +112,8 @@ def evaluate(
         raise ImagesError(f'{compare} has the classes {other_classes}, {loaded.source} has {classes}.')
     scored = run_split(loaded, data, split, classes, batch_size, workers)
     warnings = _leaks(scored, data, loaded.recipe)
+    if split in ('val', loaded.recipe.get('val_split')):
+        warnings.append(f'{split}/ chose the epoch of the training: its scores are no test.')
     absent = [name for i, name in enumerate(classes) if i not in scored.labels]
     if absent:
         more = f' and {len(absent) - 10} more' if len(absent) > 10 else ''

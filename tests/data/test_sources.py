@@ -85,13 +85,62 @@ def test_a_blank_patient_is_not_known(tmp_path, blank):
     assert [patient for patient in found.values() if patient] == ['pA0']
 
 
+@pytest.mark.parametrize(('one', 'other'), [('p 1', 'p  1'), ('p 1', 'p\u00a01'), ('\u00e9', 'e\u0301')])
+def test_patients_that_look_the_same_are_the_same(tmp_path, one, other):
+    plain_images(tmp_path / 'src', 'AB')
+    (tmp_path / 'groups.csv').write_bytes(as_csv((f, one if i % 2 else other) for i, (f, _) in enumerate(PATIENTS)))
+    assert set(patients_of(tmp_path / 'src', groups=tmp_path / 'groups.csv').values()) == {one}
+
+
+@pytest.mark.parametrize(('one', 'other'), [('7', '007'), ('7', '7.0'), ('P7', 'p7')])
+def test_patients_that_may_be_one_are_told(tmp_path, capsys, one, other):
+    plain_images(tmp_path / 'src', 'AB')
+    (tmp_path / 'groups.csv').write_bytes(as_csv((f, one if i % 2 else other) for i, (f, _) in enumerate(PATIENTS)))
+    assert set(patients_of(tmp_path / 'src', groups=tmp_path / 'groups.csv').values()) == {one, other}
+    said = capsys.readouterr().out
+    assert 'WARNING: 1 patients are written in two ways' in said
+    assert f'such as {" and ".join(sorted((one, other)))}' in said
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    (b'PK\x03\x04\x14\x00\x06\x00 rest of an .xlsx', 'is a file of Excel. Save it as CSV'),
+    (as_csv([(f, 'Müller') for f, _ in PATIENTS], encoding='cp1252'), r'row 2: M\xfcller is not UTF-8'),
+    (as_csv([(f'C:/data/{f}', p) for f, p in PATIENTS]), 'its first row has C:/data/A/000.png'),
+])
+def test_tables_that_cannot_be_read_say_why(tmp_path, content, message):
+    plain_images(tmp_path / 'src', 'AB')
+    (tmp_path / 'groups.csv').write_bytes(content)
+    with pytest.raises(SplitError) as error:
+        patients_of(tmp_path / 'src', groups=tmp_path / 'groups.csv')
+    assert message in str(error.value)
+
+
+def test_accents_of_a_mac_in_file_names(tmp_path):
+    """As one sign in the table, as two on the disk."""
+    plain_images(tmp_path / 'src', 'AB', name='e\u0301{i:03}.png')
+    rows = [(f.replace('/', '/\u00e9'), p) for f, p in PATIENTS]
+    (tmp_path / 'groups.csv').write_bytes(as_csv(rows))
+    assert list(patients_of(tmp_path / 'src', groups=tmp_path / 'groups.csv').values()) == [p for _, p in PATIENTS]
+
+
+def test_the_column_of_labels_is_named(tmp_path, capsys):
+    plain_images(tmp_path / 'src', 'AB')
+    rows = [(f, 'x', 'nan' if i == 3 else f[0]) for i, (f, _) in enumerate(PATIENTS)]
+    (tmp_path / 'labels.csv').write_bytes(as_csv(rows, head='file,class,label'))
+    images = find_source(tmp_path / 'src', labels=tmp_path / 'labels.csv')
+    said = capsys.readouterr().out
+    assert f'classes: label of {tmp_path / "labels.csv"}' in said
+    assert 'left out, without a label' in said
+    assert {image.label for image in images if not image.error} == {'A', 'B'}
+
+
 def test_what_may_be_patients_is_said(tmp_path, capsys):
     """Patients that differ in capitals, and a table of labels that has none."""
     plain_images(tmp_path / 'src', 'AB')
     rows = [(f, p.upper() if i % 2 else p) for i, (f, p) in enumerate(PATIENTS)]
     (tmp_path / 'table.csv').write_bytes(as_csv(rows))
     patients_of(tmp_path / 'src', groups=tmp_path / 'table.csv')
-    assert 'small letters and in capitals, and taken for two, such as pa0' in capsys.readouterr().out
+    assert 'in two ways, by capitals or zeros, and taken for two, such as PA0 and pA0' in capsys.readouterr().out
     (tmp_path / 'table.csv').write_bytes(as_csv([(f, f[0]) for f, _ in PATIENTS], head='file,label'))
     split_images(tmp_path / 'src', tmp_path / 'out', labels=tmp_path / 'table.csv')
     assert 'is named like one: file, label' in capsys.readouterr().out
@@ -209,8 +258,9 @@ def test_classes_that_are_copies_by_their_names(tmp_path, augmented):
     assert '\n' not in message
 
 
-@pytest.mark.parametrize(('classes', 'message'), [(['a', 'A'], 'differ in case or zeros only'),
-                                                  (['x1', 'x01'], 'differ in case or zeros only'),
+@pytest.mark.parametrize(('classes', 'message'), [(['a', 'A'], 'differ in case, zeros or'),
+                                                  (['x1', 'x01'], 'differ in case, zeros or'),
+                                                  (['\u00e9', 'e\u0301'], 'the form of their accents'),
                                                   (['5²', 'b'], 'that timm cannot read')])
 def test_class_names_that_others_read_otherwise(tmp_path, classes, message):
     plain_images(tmp_path / 'src', classes)

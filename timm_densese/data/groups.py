@@ -1,5 +1,6 @@
 """Which images belong together: of one patient, of the same bytes, of one picture, or copies by their names."""
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Set, Tuple
@@ -10,7 +11,7 @@ from ..errors import SplitError
 from ..files import printable
 from .msld import MSLD_PATIENT, is_msld, msld_patients
 from .sources import SplitImage
-from .tables import find_column, match_files, read_table
+from .tables import describe_names, find_column, match_files, read_table
 
 __all__ = ['find_patients', 'group_images']
 
@@ -55,14 +56,17 @@ def find_patients(
         lost = [image for image, patient in zip(images, found, strict=True) if patient is None]
         if lost:
             raise SplitError(f'{table} has no row for {len(lost)} images of {src}, the first '
-                             f'{printable(lost[0].path)}.')
-        patients = [patient or '' for patient in found]
+                             f'{printable(lost[0].path)}. {describe_names(table)}')
+        # What looks the same is the same: blanks of any kind, and letters with their accents as one sign or as two.
+        patients = [' '.join(unicodedata.normalize('NFC', patient or '').split()) for patient in found]
         print(f'patients: {column} of {table}; {patients.count("")} images have none there')
-        written = Counter(name.casefold() for name in set(patients))
-        alike = sorted(name for name, count in written.items() if count > 1)
+        written: Dict[str, List[str]] = {}
+        for name in sorted(set(patients)):
+            written.setdefault(re.sub(r'^0+(?=\d)|\.0+$', '', name.casefold()), []).append(name)
+        alike = [names for names in written.values() if len(names) > 1]
         if alike:
-            print(f'  WARNING: {len(alike)} patients are written in small letters and in capitals, and taken for two, '
-                  f'such as {alike[0]}')
+            print(f'  WARNING: {len(alike)} patients are written in two ways, by capitals or zeros, and taken for two, '
+                  f'such as {alike[0][0]} and {alike[0][1]}')
     elif groups:
         raise SplitError(f'{groups} must have a column for the patient, named patient, group, lesion or the like; '
                          f'found {", ".join(read_table(groups)[0])}.')

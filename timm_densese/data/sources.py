@@ -1,5 +1,6 @@
 """What a folder that is to be split holds: class folders, a flat folder with a table of labels, or an official test."""
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from ..errors import ImagesError, SplitError
 from ..files import printable
 from .images import ImageFolder, find_images, is_hidden, list_images, natural_key
-from .tables import find_column, match_files, read_table
+from .tables import describe_names, find_column, match_files, read_table
 
 __all__ = ['SplitImage', 'find_source']
 
@@ -89,7 +90,8 @@ def _labelled(src: Path, labels: Path) -> List[SplitImage]:
     lost = [path for path, label in zip(paths, found, strict=True) if not label]
     if 2 * len(lost) > len(paths):
         raise SplitError(f'{labels} has no {column} for {len(lost)} of the {len(paths)} images of {src}, the first '
-                         f'{printable(lost[0])}. Its file names must be theirs.')
+                         f'{printable(lost[0])}. {describe_names(labels)}')
+    print(f'classes: {column} of {labels}')
     if lost:
         print(f'left out, without a {column} in {labels}: {len(lost)} images such as {printable(lost[0])}')
     return [SplitImage(path, label or '', path.relative_to(src).as_posix(), error='' if label else 'has no label')
@@ -128,11 +130,13 @@ def _check_classes(labels: Sequence[str]) -> None:
             raise SplitError(f'{label!r} is no name for a class folder. Rename it.')
         if not label.isprintable() or any(c.isdigit() and not c.isdecimal() for c in label):
             raise SplitError(f'The class {printable(label)!r} has characters that timm cannot read. Rename it.')
-    keys = Counter(str(natural_key(label)) for label in labels)
-    same = [label for label in labels if keys[str(natural_key(label))] > 1]
-    if same:
-        raise SplitError(f'The classes {same[0]} and {same[1]} differ in case or zeros only: not every system and '
-                         f'script tells them apart. Rename one, or put them together.')
+    keys: Dict[str, List[str]] = {}
+    for label in labels:
+        keys.setdefault(str(natural_key(unicodedata.normalize('NFC', label))), []).append(label)
+    for first, *others in keys.values():
+        if others:
+            raise SplitError(f'The classes {first} and {others[0]} differ in case, zeros or the form of their accents '
+                             f'only: not every system and script tells them apart. Rename one, or put them together.')
     for label in labels:
         original = _AUGMENTED.sub('', label.replace('_', ' ')).strip()
         twin = next((other for other in labels if other != label and other.replace('_', ' ') == original), None)

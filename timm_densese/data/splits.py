@@ -212,8 +212,8 @@ def _folds(images: Sequence[SplitImage], indices: np.ndarray, count: int, seed: 
         found = len(np.unique(groups[labels == label]))
         if found < count:
             raise SplitError(
-                f'Class {label} has {found} groups of images, too few for {count} parts that share none. Use fewer '
-                f'folds, larger --val and --test shares, or 0 for one of them.')
+                f'Class {label} has {found} groups of images left, too few for {count} parts that share none: '
+                f'use fewer folds, a larger --val or --test, or 0 for one of them.')
     folds = StratifiedGroupKFold(n_splits=count, shuffle=True, random_state=seed)
     return [indices[held_out] for _, held_out in folds.split(indices, labels, groups)]
 

@@ -2,6 +2,7 @@
 import csv
 import io
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -10,7 +11,7 @@ from ..errors import SplitError
 from ..files import printable
 from .images import looks_like_image
 
-__all__ = ['find_column', 'match_files', 'read_table']
+__all__ = ['describe_names', 'find_column', 'match_files', 'read_table']
 
 # Names of columns, the likeliest first, in small letters and with no others: PatientID, patient_id, Patient No.
 _ID = '(id|no|nr|num|number|code|key|name|uid)?'
@@ -19,7 +20,9 @@ _COLUMNS = {
     'label': ('label(name)?', 'class(name)?', 'dx', 'diagnosis', 'category', 'target'),
     'patient': (f'patients?{_ID}', f'(subject|person){_ID}', 'pid', 'mrn', f'case{_ID}', f'group{_ID}', f'lesion{_ID}'),
 }
-_UNKNOWN = {'', 'na', 'n/a', '#n/a', '<na>', 'nan', 'none', 'null', 'unknown', '?', '-'}
+_EMPTY = {'', 'n/a', '#n/a', '<na>', 'nan'}  # as spreadsheets and pandas write an empty cell
+_UNKNOWN = _EMPTY | {'na', 'none', 'null', 'unknown', '?', '-'}
+_EXCEL = b'PK\3\4', b'\xd0\xcf\x11\xe0'  # .xlsx, .xls
 
 
 def read_table(table: Path) -> List[Dict[str, str]]:
@@ -37,6 +40,8 @@ def read_table(table: Path) -> List[Dict[str, str]]:
         raw = Path(table).read_bytes()
     except OSError as e:
         raise SplitError(f'{table} cannot be read ({e.strerror}).') from e
+    if raw.startswith(_EXCEL):
+        raise SplitError(f'{table} is a file of Excel. Save it as CSV, in UTF-8.')
     encoding = 'utf-8-sig'
     if raw[:2] in (b'\xff\xfe', b'\xfe\xff'):
         encoding = 'utf-16'
@@ -78,6 +83,14 @@ def find_column(table: Path, rows: Sequence[Dict[str, str]], kind: str) -> Optio
     return next(filled, found[0] if found else None)
 
 
+def describe_names(table: Path) -> str:
+    """Say how a table names files, for messages about one that it does not name."""
+    rows = read_table(table)
+    column = find_column(table, rows, 'file')
+    first = printable(rows[0][column or ''])
+    return f'Its column {column} must name files as they lie there; its first row has {first}.'
+
+
 def match_files(table: Path, column: str, kind: str, src: Path, paths: Sequence[Path]) -> List[Optional[str]]:
     """Give each image what a table says of it in a column.
 
@@ -87,7 +100,8 @@ def match_files(table: Path, column: str, kind: str, src: Path, paths: Sequence[
     Args:
         table: CSV.
         column: Its column that is read.
-        kind: What the column holds: of a patient, blank cells and such as `n/a` are not known.
+        kind: What the column holds, label or patient. Cells such as `n/a` are not known; of a patient, nor is
+            `unknown`.
         src: Folder of the images.
         paths: The images.
 
@@ -109,8 +123,10 @@ def match_files(table: Path, column: str, kind: str, src: Path, paths: Sequence[
     rows_of: Dict[int, int] = {}
     for number, row in enumerate(rows, 2):
         name, value = row[file_column], row[column]
-        if kind == 'patient' and value.lower() in _UNKNOWN:
+        if value.lower() in (_UNKNOWN if kind == 'patient' else _EMPTY):
             value = ''
+        if printable(value) != value:
+            raise SplitError(f'{table}, row {number}: {printable(value)} is not UTF-8. Save it as CSV, in UTF-8.')
         for i in _find(name, src, ends, paths, f'{table}, row {number}'):
             if values[i] and value and values[i] != value:
                 raise SplitError(
@@ -122,8 +138,8 @@ def match_files(table: Path, column: str, kind: str, src: Path, paths: Sequence[
 
 
 def _key(name: str) -> str:
-    """A file's name without case, and without what says that it is an image."""
-    path = PurePosixPath(name.casefold())
+    """A file's name without case, accents as one sign, and without what says that it is an image."""
+    path = PurePosixPath(unicodedata.normalize('NFC', name.casefold()))
     return (path.with_suffix('') if looks_like_image(path) else path).as_posix()
 
 

@@ -123,9 +123,14 @@ def prepare(
     _check_settings(data, output, next(iter(configs.values())), folds, split)
     if subgroups:
         read_table(subgroups)  # what cannot be read is told before the split
-    if not (output / 'split').is_dir():
+    begins = not (output / 'split').is_dir()
+    if begins:
         split_images(src=data, output=output / 'split', folds=folds, **split)
     rows = [row for row in read_split(output / 'split' / 'fold0').rows if not row['error']]
+    changed = [] if begins else [row['file'] for row in rows if sha256(data / row['file']) != row['sha256']]
+    if changed:
+        raise OptionError(f'{output} holds a study with other images: {len(changed)} of {len(rows)} have changed since '
+                          f'it began, such as {printable(changed[0])}. Choose another --output, or put them back.')
     classes = sorted({row['label'] for row in rows})
     for fold, part in itertools.product(range(folds), ('train', 'val')):
         absent = sorted(set(classes) - {row['label'] for row in rows if row[f'fold{fold}'] == part})
