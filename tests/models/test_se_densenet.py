@@ -284,7 +284,7 @@ def test_onnx(placement, tmp_path):
 @pytest.mark.slow
 @placements
 def test_compiles_without_a_graph_break(placement):
-    model = create(se_placement=placement, block_config=(1, 2))
+    model = create(se_placement=placement, block_config=(1, 1))
     for train in (True, False):
         model.train(train)
         compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
