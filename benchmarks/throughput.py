@@ -242,8 +242,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(f'Stopped. What was measured is in {out}; the next run goes on there.')
     finally:
-        if (out / 'rows.jsonl').exists():
-            rows = read(out)
+        rows = read(out)
+        if rows:
             write_tables(rows, out)
             draw(rows, out)
             write_summary(rows, out)

@@ -130,7 +130,7 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path):
         forked.benchmark, 'throughput', '--executions', 'eager', '--dtypes', 'float32', '--kinds', 'infer',
         '--img-size', 64, '--seconds', .1, '--batch-sizes', 2, 3, 4, 8, 16, 32, '--no-largest', '--out', tmp_path,
         stdout=tmp_path / 'stdout', stderr=tmp_path / 'stderr', **TINY)
-    while not (tmp_path / 'rows.jsonl').exists():
+    while not tables.read(tmp_path):
         assert process.exitcode is None, (tmp_path / 'stderr').read_text()
         time.sleep(.1)
     os.kill(process.pid, signal.SIGINT)
