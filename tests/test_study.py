@@ -212,6 +212,17 @@ def broken_net(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=Non
 """
 
 
+@pytest.mark.slow
+def test_weights_that_saw_the_images_are_told(images, whole, tmp_path):
+    start = next((whole[0] / 'runs').glob('se_*/fold0-seed42/model_best.pth.tar'))
+    done = run_cli('study', images / 'images', '--models', MODELS[1], *OPTIONS, '--epochs', 1, '--initial-checkpoint',
+                   start, '--output', tmp_path / 'out')
+    assert done.returncode == 0, done.stderr
+    assert 'WARNING: The weights that the training started from were trained on ' \
+        f'{whole[0]}/split/fold0/train: images of this study' in done.stdout
+    assert 'were trained on' not in whole[1]
+
+
 def test_a_run_that_fails_is_named_and_the_others_stand(images, tmp_path, monkeypatch):
     (tmp_path / 'broken_net.py').write_text(BROKEN_NET)
     monkeypatch.chdir(tmp_path)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
+import yaml
 
 from ..data.splits import read_split
 from ..errors import TrainingError
 from ..files import replace_file
 from ..metrics import bootstrap, format_metric, write_metrics
+from ..recipes import recorded_images
 from ..subgroups import subgroup_scores, warn_of_few
 from ..thresholds import Goal, describe_point
 from ..training import TrainConfig
@@ -59,6 +61,10 @@ def report_study(
     if not with_patients:
         warnings.append('No patients are known: each picture counts as one. Where a patient has several, they may lie '
                         'on both sides of a fold, and intervals are too narrow. Give --groups or --group-regex.')
+    earlier = _trained_on_before(plan)
+    if earlier:
+        warnings.append(f'The weights that the training started from were trained on {", ".join(earlier)}: images of '
+                        f'this study that are among those are tested by models that saw them.')
     warnings += warn_of_few(parts, unit)
     results: Dict[str, Any] = {
         'dataset': {'name': data.resolve().name, 'split': f'out of {folds} folds', 'images': len(pool.labels),
@@ -87,6 +93,13 @@ def _whole(plan: Sequence[Run]) -> List[Run]:
     """The runs of the models and seeds whose folds are all done."""
     lacking = {(run.name, run.seed) for run in plan if not run.is_done}
     return [run for run in plan if (run.name, run.seed) not in lacking]
+
+
+def _trained_on_before(plan: Sequence[Run]) -> List[str]:
+    """Folders of images that reached the weights before the study."""
+    files = [run.folder / 'args.yaml' for run in plan if run.is_done]
+    recipes = [yaml.safe_load(file.read_text(encoding='utf-8')) for file in files if file.is_file()]
+    return sorted({str(folder) for recipe in recipes for folder, _ in recorded_images(recipe)[1:]})
 
 
 def _describe_recipe(config: TrainConfig) -> str:
