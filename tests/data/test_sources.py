@@ -258,10 +258,12 @@ def test_classes_that_are_copies_by_their_names(tmp_path, augmented):
     assert '\n' not in message
 
 
-@pytest.mark.parametrize(('classes', 'message'), [(['a', 'A'], 'differ in case, zeros or'),
-                                                  (['x1', 'x01'], 'differ in case, zeros or'),
-                                                  (['\u00e9', 'e\u0301'], 'the form of their accents'),
-                                                  (['5²', 'b'], 'that timm cannot read')])
+@pytest.mark.parametrize(('classes', 'message'), [
+    (['a', 'A'], 'differ in case, zeros or the form of their accents only'),
+    (['x1', 'x01'], 'differ in case, zeros or the form of their accents only'),
+    (['\u00e9', 'e\u0301'], 'differ in case, zeros or the form of their accents only'),
+    (['5²', 'b'], 'that timm cannot read'),
+])
 def test_class_names_that_others_read_otherwise(tmp_path, classes, message):
     plain_images(tmp_path / 'src', classes)
     assert message in refusal(tmp_path / 'src')

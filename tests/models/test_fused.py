@@ -82,6 +82,11 @@ def override(module):
     module.forward = lambda x: forward(x) + 1
 
 
+def add_watched(layer):
+    layer.se = nn.Identity()
+    layer.se.register_forward_hook(lambda module, args, out: out * 2)
+
+
 CHANGES = {
     'in place': lambda net: scale_all(net.parameters()),
     'data': lambda net: scale_all(p.data for p in net.parameters()),
@@ -98,6 +103,7 @@ CHANGES = {
     'hook': lambda net: conv1(net).register_forward_hook(lambda module, args, out: out * 2),
     'pre-hook': lambda net: layer(net).conv1.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
     'attention': lambda net: setattr(layer(net), 'se', nn.Tanh()),
+    'hook on an attention': lambda net: add_watched(layer(net)),
 }
 
 

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .plain import has_global_hooks, is_transformed
-from .pointwise import relu_
+from .pointwise import affine_relu, relu_
 
 __all__ = ['FusedDenseBlock', 'FusedReLU', 'NormConv', 'fold_after']
 
@@ -194,7 +194,7 @@ class FusedDenseBlock(nn.Module):
             small = list(torch.cat(small).to(x.dtype).split([len(t) for t in small]))
         for i, (_, _, weight1, _, weight2, se) in enumerate(layers):
             scale, shift, bias1 = small[3 * i:3 * i + 3]
-            y = relu_(torch.addcmul(shift, pixels.narrow(1, 0, end), scale))
+            y = affine_relu(pixels.narrow(1, 0, end), scale, shift)
             if is_product:
                 y = relu_(torch.mm(y, weight1.flatten(1).t()).add_(bias1))
                 y = y.view(batch_size, height, width, -1).permute(0, 3, 1, 2)

@@ -1,6 +1,6 @@
 """The model of a training, as it starts: created, tried out, placed; its loss, and where a resumed run stands."""
 import copy
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -20,6 +20,7 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from ..errors import OptionError, TrainingError, hub_errors
 from ..hub import why_unreachable
 from ..options import first_line, option_errors
+from ..recipes import recorded_images
 from .config import TrainConfig
 
 __all__ = ['WeightedCrossEntropy', 'create_model', 'create_optimizer', 'place_model', 'resume_run', 'try_out']
@@ -205,15 +206,15 @@ def resume_run(
 
 def _check_same_images(config: TrainConfig, began: Dict[str, Any], classes: List[str], images: str, anew: str) -> None:
     folder = Path(config.data_dir) / config.train_split
-    with suppress(KeyError, IndexError, TypeError):  # of another kind, or recorded before images were
-        if began['class_names'] != classes:
-            raise OptionError(
-                f'--resume {config.resume}: the run began with the classes {", ".join(began["class_names"])}, and '
-                f'{folder} holds {", ".join(classes)}. The model\'s outputs would change places. {anew}')
-        if began['trained_on'][0]['images'] != images:
-            raise OptionError(
-                f'--resume {config.resume}: the run began with other images than those in {folder} now. They were '
-                f'added, removed, moved or changed since, so that its scores would be of two sets. {anew}')
+    names = began.get('class_names')
+    if names and names != classes:
+        raise OptionError(
+            f'--resume {config.resume}: the run began with the classes {", ".join(names)}, and {folder} holds '
+            f'{", ".join(classes)}. The model\'s outputs would change places. {anew}')
+    if any(digest and digest != images for _, digest in recorded_images(began)[:1]):
+        raise OptionError(
+            f'--resume {config.resume}: the run began with other images than those in {folder} now. They were '
+            f'added, removed, moved or changed since, so that its scores would be of two sets. {anew}')
 
 
 class WeightedCrossEntropy(nn.Module):
