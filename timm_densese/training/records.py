@@ -4,7 +4,9 @@ import csv
 import io
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +26,26 @@ __all__ = ['LOCK', 'WRITTEN', 'Records', 'describe_start']
 
 LOCK = '.lock'
 WRITTEN = ('args.yaml', 'summary.csv', 'curves.png', 'model_best.pth.tar')  # beside last.pth.tar
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is done.
+
+    TensorBoard writes by a queue. An interrupt within one of the queue's calls can lose what they wait for, and closing
+    it then hangs for two minutes.
+    """
+    if threading.current_thread() is not threading.main_thread():  # the only one that Ctrl-C interrupts
+        yield
+        return
+    pressed = []
+    handler = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
 
 
 def describe_start(run: Run) -> str:
@@ -95,20 +117,21 @@ class Records:
                     os.replace(self.output / 'tmp.pth.tar', self.output / 'model_best.pth.tar')
         trim_summary(str(self.output / 'summary.csv'), run.start_epoch)
         self._board: Any = None
-        with suppress(ImportError):
+        with suppress(ImportError), _ctrl_c_waits():
             from torch.utils.tensorboard import SummaryWriter
             self._board = SummaryWriter(config.output, purge_step=run.start_epoch)
 
     def save_epoch(self, epoch: int, train_loss: float, lr: float, metrics: Dict[str, float]) -> None:
         """Write an epoch: the summary before the checkpoint, so that where a kill comes between them, resuming trims
         the extra row."""
-        with self._writing(f'Epoch {epoch}'):
-            update_summary(epoch, {'loss': train_loss}, metrics, str(self.output / 'summary.csv'), lr=lr)
-            self._saver.save_checkpoint(epoch, metrics[self._metric])
-        if self._board:
-            for name, value in {'train/loss': train_loss, 'lr': lr,
-                                **{f'val/{k}': v for k, v in metrics.items()}}.items():
-                self._board.add_scalar(name, value, epoch)
+        with _ctrl_c_waits():
+            with self._writing(f'Epoch {epoch}'):
+                update_summary(epoch, {'loss': train_loss}, metrics, str(self.output / 'summary.csv'), lr=lr)
+                self._saver.save_checkpoint(epoch, metrics[self._metric])
+            if self._board:
+                for name, value in {'train/loss': train_loss, 'lr': lr,
+                                    **{f'val/{k}': v for k, v in metrics.items()}}.items():
+                    self._board.add_scalar(name, value, epoch)
 
     def describe_end(self, best: Dict[str, Any]) -> str:
         """Say what came out of the training and what to do with it."""
@@ -120,8 +143,9 @@ class Records:
 
     def close(self) -> None:
         """Leave the folder to others."""
-        if self._board:
-            self._board.close()
+        with _ctrl_c_waits():
+            if self._board:
+                self._board.close()
         self._lock.release()
 
     def _read_summary(self) -> List[Dict[str, float]]:
