@@ -3,8 +3,8 @@ PYTHON ?= python3
 # Images for the demo, a folder of class folders. Without one it uses a small generated set.
 DATA ?= $(wildcard ../shared/data/msld)
 BIN := .venv/bin
-# Two tests at a time, with a thread each: processes of torch with more threads than cores wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Two tests at a time, with a thread each.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo check test types tests fast-tests chromium lower-bounds clean
 

@@ -26,10 +26,13 @@ _server.root.mkdir()
 _running = _server.running()
 _running.__enter__()
 atexit.register(_running.__exit__, None, None, None)
+# Runs with other numbers of threads differ in the last bits, and processes beside others wait for each other's threads.
+os.environ['OMP_NUM_THREADS'] = '1'
 os.environ['HF_ENDPOINT'] = _server.endpoint
 os.environ['HF_HOME'] = str(Path(_scratch.name) / 'home')
 os.environ['HF_HUB_DISABLE_PROGRESS_BARS'] = '1'
 os.environ['HF_HUB_DISABLE_XET'] = '1'  # the test Hub speaks LFS
+os.environ['TORCHINDUCTOR_VEC_ISA_OK'] = '0'  # what is compiled has no vectors: finding the machine's takes 8 s
 # What a shell starts in the background ignores Ctrl-C, and so does all that it starts: the tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -39,6 +42,7 @@ import safetensors.torch  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 import timm_densese  # noqa: E402, F401
 from timm_densese.cli import main  # noqa: E402
@@ -46,7 +50,7 @@ from timm_densese.data.splits import split_images  # noqa: E402
 from timm_densese.demo import generate_images  # noqa: E402
 from timm_densese.training import TrainConfig, train  # noqa: E402
 
-gc.set_threshold(20_000)  # what was imported is in use for good, and the collector looks at all of it
+gc.set_threshold(100_000)
 
 MODELS = ('se_densenet121', 'se_densenet161', 'se_densenet169', 'se_densenet201', 'se_densenet264d',
           'se_densenetblur121d')
@@ -79,15 +83,37 @@ def write_split(root: Path, per_class: int, test: float = .2) -> Path:
 
 
 @pytest.fixture(scope='session')
-def trained(tmp_path_factory) -> tuple[Path, Path]:
+def shared_folder(tmp_path_factory):
+    """Make a folder once for all processes of the tests: who comes second waits for it. Nobody changes it."""
+    def folder(name: str, fill) -> Path:
+        root = tmp_path_factory.getbasetemp()
+        path = (root.parent if os.environ.get('PYTEST_XDIST_WORKER') else root) / f'shared-{name}'
+        with FileLock(f'{path}.lock'):
+            if not (path / 'whole').exists():
+                path.mkdir()
+                fill(path)
+                (path / 'whole').touch()
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope='session')
+def trained(shared_folder) -> tuple[Path, Path]:
     """A split of generated images, spots and stripes, and the best checkpoint of a small model trained on it."""
-    root = tmp_path_factory.mktemp('trained')
-    split = write_split(root, 40, test=.3)
-    torch.manual_seed(0)
-    train(TrainConfig(data_dir=str(split), output=str(root / 'run'), model='se_densenet121',
-                      model_kwargs=dict(SMALL, se_placement='stage'), img_size=32, workers=0, epochs=7, lr=1e-2,
-                      batch_size=8))
-    return split, root / 'run' / 'model_best.pth.tar'
+    def fill(root: Path) -> None:
+        split = write_split(root, 40, test=.3)
+        torch.manual_seed(0)
+        train(TrainConfig(data_dir=str(split), output=str(root / 'run'), model='se_densenet121',
+                          model_kwargs=dict(SMALL, se_placement='stage'), img_size=32, workers=0, epochs=7, lr=1e-2,
+                          batch_size=8))
+
+    root = shared_folder('trained', fill)
+    return root / 'split', root / 'run' / 'model_best.pth.tar'
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported is in use for good: the collector need not look at it
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -188,9 +214,9 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture(scope='session')
-def small_split(tmp_path_factory) -> Path:
-    """A split for what looks at the training and not at what is learned; nobody changes it."""
-    return write_split(tmp_path_factory.mktemp('data'), 20)
+def small_split(shared_folder) -> Path:
+    """A split for what looks at the training and not at what is learned."""
+    return shared_folder('small', lambda root: write_split(root, 20)) / 'split'
 
 
 def run_training(data: Path, output: Path, **options):

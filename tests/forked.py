@@ -18,9 +18,6 @@ def run(function, args, env, stdout, stderr) -> None:
                 del sys.modules[name]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which the server's processes ignore
     multiprocessing.set_start_method('fork', force=True)
-    import torch
-
-    torch.set_num_threads(1)
     sys.exit(function(args))
 
 

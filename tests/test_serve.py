@@ -34,7 +34,7 @@ def serving(model, *args, port=7897, **env):
     process = subprocess.Popen(
         [sys.executable, '-m', 'timm_densese', 'serve', str(model), '--port', str(port), *args],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1', 'BROWSER': 'true', **env})
+        env={**os.environ, 'PYTHONUNBUFFERED': '1', 'BROWSER': 'true', **env})
     try:
         said = []
         for line in process.stdout:

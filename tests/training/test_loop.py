@@ -6,19 +6,14 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import SMALL_RUN, load_saved, read_summary, run_cli, run_training, same, two_processes, write_split
+from conftest import SMALL_RUN, load_saved, read_summary, run_cli, run_training, same, two_processes
 
 from timm_densese.publish import publish
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return write_split(tmp_path_factory.mktemp('data'), 20)
-
-
 @pytest.mark.slow
-def test_learns_and_leaves_files_that_timm_reads(data, tmp_path, capsys):
-    result = run_training(data, tmp_path, epochs=10, lr=1e-2)
+def test_learns_and_leaves_files_that_timm_reads(small_split, tmp_path, capsys):
+    result = run_training(small_split, tmp_path, epochs=10, lr=1e-2)
     assert result['classes'] == ['spots', 'stripes']
     assert result['best']['loss'] < result['before']['loss'] - .02
     rows = read_summary(tmp_path)
@@ -59,8 +54,8 @@ def torchrun(*args):
     (two_processes, ('--model', 'resnet10t')),  # plain nn.BatchNorm2d
     (torchrun, ('--model', 'resnet10t')),
 ])
-def test_two_processes_give_one_processes_metrics(data, tmp_path, start, model):
-    args = ('train', data, '--epochs', 2, '--workers', 0, '--opt', 'sgd', '--lr', .005, '--img-size', 32, *model)
+def test_two_processes_give_one_processes_metrics(small_split, tmp_path, start, model):
+    args = ('train', small_split, '--epochs', 2, '--workers', 0, '--opt', 'sgd', '--lr', .005, '--img-size', 32, *model)
     assert run_cli(*args, '--output', tmp_path / 'one', '-b', 8).returncode == 0
     start(*args, '--output', tmp_path / 'two', '-b', 4)
     for one, two in zip(read_summary(tmp_path / 'one'), read_summary(tmp_path / 'two'), strict=True):

@@ -79,10 +79,11 @@ def describe(path: Path) -> Features:
     # Blurred, for the finest points are noise, which a copy does not share. Many weak points, for skin has no strong
     # ones; of these the large are the steadier.
     sift, blurred = cv2.SIFT.create(1000, contrastThreshold=.01), _blur(grey)
-    points, descriptors = sift.detectAndCompute(blurred, None)
-    best = sorted(range(len(points)), key=lambda i: -points[i].response * points[i].size)[:POINTS]
-    points, descriptors = [points[i] for i in best], descriptors[best] if best else np.empty((0, 128), np.float32)
+    points = sorted(sift.detect(blurred, None), key=lambda point: -point.response * point.size)
+    finest = sorted(points, key=_octave)[:1]  # with it, OpenCV describes points in the pyramid that it found them in
+    points = points[:POINTS]
     found = len(points)
+    descriptors = sift.compute(blurred, points + finest)[1][:-1] if found else np.empty((0, 128), np.float32)
     if 0 < found < _FEW:
         # A soft picture's points are large: what they describe often ends outside a copy, and half of it does not.
         halves, described = sift.compute(blurred, [_half(point) for point in points])
@@ -94,12 +95,17 @@ def describe(path: Path) -> Features:
                      cv2.imencode('.jpg', grey)[1], width)
 
 
+def _octave(point: cv2.KeyPoint) -> int:
+    """The octave that a point lies in, which OpenCV has in the first of four bytes: -1 is that of twice the size."""
+    octave = point.octave & 255
+    return octave - (256 if octave > 127 else 0)
+
+
 def _half(point: cv2.KeyPoint) -> cv2.KeyPoint:
-    """A point at half its size, which lies an octave lower; OpenCV has the octave in the first of four bytes."""
-    octave, rest = point.octave & 255, point.octave & ~255
-    lower = max(octave - (256 if octave > 127 else 0) - 1, -1)
+    """A point at half its size, which lies an octave lower."""
+    lower = max(_octave(point) - 1, -1) & 255
     x, y = point.pt
-    return cv2.KeyPoint(x, y, point.size / 2, point.angle, point.response, rest | lower & 255, point.class_id)
+    return cv2.KeyPoint(x, y, point.size / 2, point.angle, point.response, point.octave & ~255 | lower, point.class_id)
 
 
 def is_plain(f: Features) -> bool:
