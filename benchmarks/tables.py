@@ -15,6 +15,7 @@ KEY = ('kind', 'execution', 'dtype', 'img_size', 'batch', 'model')
 DOCS = [Path(__file__).parents[1] / name for name in ('README.md', 'docs/performance.md')]
 # What the docs quote: kind, the model, its batch sizes.
 QUOTED = (('infer', 'se_densenet{} fused', (1, 4, 16)), ('train', 'se_densenet{} linear memory', (1, 4, 8, 16)))
+EXECUTIONS = {'eager': '', 'onnxruntime': ', in ONNX Runtime', 'openvino': ', in OpenVINO'}  # README.md has the first
 MARKS = re.compile(r'(<!-- throughput -->\n)(.*?)(\n<!-- /throughput -->)', re.DOTALL)
 
 
@@ -29,9 +30,10 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def quoted_table(rows: list[dict[str, Any]], file: Path) -> str:
-    """The table that a page quotes, in Markdown: eager, 224x224, against timm's DenseNet of the same depth.
+    """The table that a page quotes, in Markdown: 224x224, against timm's DenseNet of the same depth, run as the row is.
 
-    docs/ has every depth that was measured and how the rounds differ, README.md the medians of depth 121.
+    docs/ has every depth that was measured, exported too, and how the rounds differ, README.md the medians of depth
+    121, eager.
     """
     short = file.name == 'README.md'
     rows = [row for row in rows if not short or base(row['model']) == 'densenet121']
@@ -43,10 +45,11 @@ def quoted_table(rows: list[dict[str, Any]], file: Path) -> str:
     for kind, name, _ in QUOTED:
         for model in sorted({row['model'] for row in rows if base(row['model']) in row['model']
                              and row['model'] == name.format(base(row['model'])[8:])}):
-            for dtype in ('float32', 'bfloat16'):
-                cells = [_quoted(found.get((kind, 'eager', dtype, 224, size, model)), short) for size in batches]
-                if any(cells):
-                    lines.append('| ' + ' | '.join([f'{model}, {dtype}', *cells]) + ' |')
+            for execution, where in list(EXECUTIONS.items())[:1 if short else None]:
+                for dtype in ('float32', 'bfloat16'):
+                    cells = [_quoted(found.get((kind, execution, dtype, 224, size, model)), short) for size in batches]
+                    if any(cells):
+                        lines.append('| ' + ' | '.join([f'{model}, {dtype}{where}', *cells]) + ' |')
     first = rows[0]
     return '\n'.join([*lines, '', f'{first["device"]}, {first["threads"]} threads, torch {first["torch"]}, timm '
                       f'{first["timm"]}; ' + ('medians.' if short else 'in brackets, the middle half of the rounds.')])
