@@ -4,6 +4,7 @@ import random
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,6 +131,26 @@ def test_ctrl_c_says_how_to_go_on(small_split, tmp_path):
     said = (tmp_path / 'stderr').read_text()
     assert said.splitlines()[-1] == f'timm-densese: stopped. Go on with --resume {tmp_path / "run" / "last.pth.tar"}'
     assert 'Traceback' not in said
+
+
+def test_ctrl_c_waits_for_an_epoch_that_is_being_written(small_split, tmp_path, monkeypatch):
+    """With TensorBoard, whose queue an interrupt can break: closing it then hangs."""
+    board = pytest.importorskip('torch.utils.tensorboard', reason='tensorboard is missing: pip install .[test]')
+    written, write = [], board.SummaryWriter.add_scalar
+
+    def add_scalar(self, name, *args):
+        signal.raise_signal(signal.SIGINT)
+        write(self, name, *args)
+        written.append(name)
+
+    monkeypatch.setattr(board.SummaryWriter, 'add_scalar', add_scalar)
+    with pytest.raises(KeyboardInterrupt, match='Go on with --resume'):
+        run_training(small_split, tmp_path, epochs=2)
+    assert written == ['train/loss', 'lr', 'val/loss', 'val/top1', 'val/balanced_top1']
+    assert load_saved(tmp_path)['epoch'] == 0
+    monkeypatch.undo()
+    with ThreadPoolExecutor(1) as pool:  # which Ctrl-C does not reach
+        assert pool.submit(run_training, small_split, tmp_path / 'thread').result()['best_epoch'] == 0
 
 
 def test_the_start_and_the_end_are_said(small_split, tmp_path, capsys):
