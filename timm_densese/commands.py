@@ -104,7 +104,7 @@ def _add_data(commands: Any) -> None:
     split.add_argument('src', type=Path, metavar='SRC', help='folder with a folder of images a class')
     _add_output(split, '--out', required=True, help='folder to write train/, val/, test/ and split.csv to')
     split.add_argument('--val', type=_SHARE, default=.1, help='share to validate on (%(default)s)')
-    split.add_argument('--test', type=_SHARE, default=.2, help='share to test on (%(default)s)')
+    split.add_argument('--test', type=_SHARE, help='share to test on (0.2); not with --folds and --keep-test')
     split.add_argument('--seed', type=_NOT_NEGATIVE, default=0, help='seed (%(default)s)')
     split.add_argument('--folds', type=options.Number(int, least=2),
                        help='write this many folds, each tested on its own share')

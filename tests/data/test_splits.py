@@ -219,7 +219,10 @@ def test_copies_where_it_cannot_link(tmp_path):
 @pytest.mark.parametrize(('change', 'message'), [
     (dict(val=.6, test=.5), 'leave something to train on'),
     (dict(val=0, test=.97), 'too few for a share of 97%'),
+    (dict(val=.5, folds=2), 'folds 2 must be shares that leave something to train on'),
     (dict(folds=1), '2 folds or more'),
+    (dict(folds=5, test=.5), 'each fold is tested on its own share'),
+    (dict(keep_test=True, test=.2), 'the test set stays as it is'),
     (dict(groups=Path('x'), group_regex='x'), 'not both'),
     (dict(group_regex='nothing'), 'matches no file name'),
     (dict(folds=30), 'Class a has 20 groups'),
@@ -318,7 +321,7 @@ PICTURES = pictures()
                                                                    HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from('ab'), st.integers(0, 13), st.integers(0, 6), st.sampled_from(
     ['.png', '.bmp', ' mirrored.png', ' broken.jpg'])), min_size=8, max_size=40),
-    st.sampled_from([(.2, .2, None), (.25, 0, None), (.2, .2, 2), (0, .3, None)]), st.integers(0, 3))
+    st.sampled_from([(.2, .2, None), (.25, 0, None), (.2, None, 2), (0, .3, None)]), st.integers(0, 3))
 def test_any_split_leaks_nothing_loses_nothing_and_repeats(tmp_path_factory, files, shares, seed):
     """Pictures under two classes, of several patients, repeated, mirrored and broken."""
     root = tmp_path_factory.mktemp('fuzz')

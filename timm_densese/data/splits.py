@@ -79,7 +79,7 @@ def split_images(
         src: Path,
         output: Path,
         val: float = .1,
-        test: float = .2,
+        test: Optional[float] = None,
         seed: int = 0,
         folds: Optional[int] = None,
         groups: Optional[Path] = None,
@@ -101,7 +101,7 @@ def split_images(
         output: Folder to write, which must not exist or be empty. It gets the splits (in `fold0/`, `fold1/`, ... if
             `folds` is given) as hard links, or copies where the file system has none, and `split.csv`.
         val: Share of the images to validate on; with `keep_test`, of those that are not the test's.
-        test: Share of the images to test on; ignored if `folds` is given, when each fold tests on 1 / folds.
+        test: Share of the images to test on, .2 if None. Of `folds`, each is tested on its own share, 1 / folds.
         seed: The same seed and images give the same split.
         folds: Number of folds for cross-validation.
         groups: Table with a column for the file (path below `src`) and one for the patient or group.
@@ -121,12 +121,20 @@ def split_images(
     src, output = Path(src), Path(output)
     if groups and group_regex:
         raise SplitError('Give --groups or --group-regex, not both.')
-    if not 0 <= val < 1 or not 0 <= test < 1 or val + test >= 1:
-        raise SplitError(f'--val {val} and --test {test} must be shares that leave something to train on.')
     if folds is not None and folds < 2:
         raise SplitError(f'--folds {folds}: cross-validation takes 2 folds or more.')
     if keep_test and (folds or labels):
         raise SplitError('Give --keep-test or --folds or --labels, not two of them.')
+    if test is not None and (folds or keep_test):
+        share = f'each fold is tested on its own share, 1 of {folds}' if folds else 'the test set stays as it is'
+        raise SplitError(f'--test {test} has no place here: {share}. Leave it out.')
+    if folds:
+        test = 1 / folds
+    elif test is None:
+        test = 0 if keep_test else .2
+    if not 0 <= val < 1 or not 0 <= test < 1 or val + test >= 1:
+        shares = f'--val {val} and ' + (f'--folds {folds}' if folds else f'--test {test}')
+        raise SplitError(f'{shares} must be shares that leave something to train on.')
     if output.resolve().is_relative_to(src.resolve()):
         raise SplitError(f'{output} lies inside {src}, where nothing is to be written. Choose another --output.')
     check_new_folder(output, '--output', SplitError)
@@ -150,7 +158,7 @@ def split_images(
         _assign_around_test(good, val, seed)
     else:
         _assign(good, val, test, seed, folds)
-    _check_shares(good, val, 1 / folds if folds else test, folds, keep_test)
+    _check_shares(good, val, test, folds, keep_test)
     _write(images, src, output, folds, copy)
     _print_balance(good, folds)
     if report and pictures:
