@@ -15,7 +15,8 @@ KEY = ('kind', 'execution', 'dtype', 'img_size', 'batch', 'model')
 DOCS = [Path(__file__).parents[1] / name for name in ('README.md', 'docs/performance.md')]
 # What the docs quote: kind, the model, its batch sizes.
 QUOTED = (('infer', 'se_densenet{} fused', (1, 4, 16)), ('train', 'se_densenet{} linear memory', (1, 4, 8, 16)))
-EXECUTIONS = {'eager': '', 'onnxruntime': ', in ONNX Runtime', 'openvino': ', in OpenVINO'}  # README.md has the first
+EXECUTIONS = {'eager': '', 'compile': ', compiled', 'freezing': ', compiled with freezing',
+              'onnxruntime': ', in ONNX Runtime', 'openvino': ', in OpenVINO'}  # README.md has the first
 MARKS = re.compile(r'(<!-- throughput -->\n)(.*?)(\n<!-- /throughput -->)', re.DOTALL)
 
 
