@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ KEY = ('kind', 'execution', 'dtype', 'img_size', 'batch', 'model')
 DOCS = [Path(__file__).parents[1] / name for name in ('README.md', 'docs/performance.md')]
 # What the docs quote: kind, the model, its batch sizes.
 QUOTED = (('infer', 'se_densenet{} fused', (1, 4, 16)), ('train', 'se_densenet{} linear memory', (1, 4, 8, 16)))
-EXECUTIONS = {'eager': '', 'compile': ', compiled', 'freezing': ', compiled with freezing',
-              'onnxruntime': ', in ONNX Runtime', 'openvino': ', in OpenVINO'}  # README.md has the first
+# And how it ran. README.md has the first.
+RAN = {'eager': '', 'compile': ', compiled', 'freezing': ', compiled with freezing',
+       'onnxruntime': ', in ONNX Runtime', 'openvino': ', in OpenVINO'}
 MARKS = re.compile(r'(<!-- throughput -->\n)(.*?)(\n<!-- /throughput -->)', re.DOTALL)
 
 
@@ -46,11 +48,10 @@ def quoted_table(rows: list[dict[str, Any]], file: Path) -> str:
     for kind, name, _ in QUOTED:
         for model in sorted({row['model'] for row in rows if base(row['model']) in row['model']
                              and row['model'] == name.format(base(row['model'])[8:])}):
-            for execution, where in list(EXECUTIONS.items())[:1 if short else None]:
-                for dtype in ('float32', 'bfloat16'):
-                    cells = [_quoted(found.get((kind, execution, dtype, 224, size, model)), short) for size in batches]
-                    if any(cells):
-                        lines.append('| ' + ' | '.join([f'{model}, {dtype}{where}', *cells]) + ' |')
+            for execution, dtype in product(list(RAN)[:1 if short else None], ('float32', 'bfloat16')):
+                cells = [_quoted(found.get((kind, execution, dtype, 224, size, model)), short) for size in batches]
+                if any(cells):
+                    lines.append('| ' + ' | '.join([f'{model}, {dtype}{RAN[execution]}', *cells]) + ' |')
     first = rows[0]
     return '\n'.join([*lines, '', f'{first["device"]}, {first["threads"]} threads, torch {first["torch"]}, timm '
                       f'{first["timm"]}; ' + ('medians.' if short else 'in brackets, the middle half of the rounds.')])

@@ -50,7 +50,7 @@ from timm_densese.data.splits import split_images  # noqa: E402
 from timm_densese.demo import generate_images  # noqa: E402
 from timm_densese.training import TrainConfig, train  # noqa: E402
 
-gc.set_threshold(100_000)
+gc.set_threshold(100_000)  # of what tests drop, little is in cycles
 
 MODELS = ('se_densenet121', 'se_densenet161', 'se_densenet169', 'se_densenet201', 'se_densenet264d',
           'se_densenetblur121d')

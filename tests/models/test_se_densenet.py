@@ -283,11 +283,12 @@ def test_onnx(placement, tmp_path):
 
 @pytest.mark.slow
 @placements
+@torch.no_grad()
 def test_compiles_without_a_graph_break(placement):
     model = create(se_placement=placement, block_config=(1, 1))
     for train in (True, False):
         model.train(train)
-        compiled = torch.compile(model, fullgraph=True, backend='eager')
+        compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
         assert relative_error(compiled(IMAGE), model(IMAGE)) < 1e-5
         torch._dynamo.reset()
 

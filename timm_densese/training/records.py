@@ -121,17 +121,17 @@ class Records:
             from torch.utils.tensorboard import SummaryWriter
             self._board = SummaryWriter(config.output, purge_step=run.start_epoch)
 
+    @_ctrl_c_waits()
     def save_epoch(self, epoch: int, train_loss: float, lr: float, metrics: Dict[str, float]) -> None:
         """Write an epoch: the summary before the checkpoint, so that where a kill comes between them, resuming trims
         the extra row."""
-        with _ctrl_c_waits():
-            with self._writing(f'Epoch {epoch}'):
-                update_summary(epoch, {'loss': train_loss}, metrics, str(self.output / 'summary.csv'), lr=lr)
-                self._saver.save_checkpoint(epoch, metrics[self._metric])
-            if self._board:
-                for name, value in {'train/loss': train_loss, 'lr': lr,
-                                    **{f'val/{k}': v for k, v in metrics.items()}}.items():
-                    self._board.add_scalar(name, value, epoch)
+        with self._writing(f'Epoch {epoch}'):
+            update_summary(epoch, {'loss': train_loss}, metrics, str(self.output / 'summary.csv'), lr=lr)
+            self._saver.save_checkpoint(epoch, metrics[self._metric])
+        if self._board:
+            for name, value in {'train/loss': train_loss, 'lr': lr,
+                                **{f'val/{k}': v for k, v in metrics.items()}}.items():
+                self._board.add_scalar(name, value, epoch)
 
     def describe_end(self, best: Dict[str, Any]) -> str:
         """Say what came out of the training and what to do with it."""
@@ -141,11 +141,11 @@ class Records:
             f'{best["balanced_top1"]:.1f}%.\nCheckpoint: {checkpoint}\nNext: timm-densese evaluate {checkpoint} '
             f'{self._data} --output {self.output / "report"}')
 
+    @_ctrl_c_waits()
     def close(self) -> None:
         """Leave the folder to others."""
-        with _ctrl_c_waits():
-            if self._board:
-                self._board.close()
+        if self._board:
+            self._board.close()
         self._lock.release()
 
     def _read_summary(self) -> List[Dict[str, float]]:
