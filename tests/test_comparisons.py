@@ -46,7 +46,7 @@ def test_power_is_how_often_the_test_finds():
     rng = np.random.default_rng(0)
     drawn = rng.normal(.05, .05, (4000, 6))
     error = .05 / np.sqrt(6)
-    found = np.mean([stats.ttest_1samp(row, 0).pvalue < .05 for row in drawn])
+    found = np.mean(stats.ttest_1samp(drawn, 0, axis=1).pvalue < .05)
     assert power(.05, error, 5) == pytest.approx(found, abs=.025)
     assert power(detectable_difference(error, 5), error, 5) == pytest.approx(.8, abs=1e-6)
     assert power(0, error, 5, level=.01) == pytest.approx(.01, abs=1e-3)
