@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .plain import has_global_hooks, is_transformed
-from .pointwise import affine_relu, relu_
+from .pointwise import affine_relu, has_few_pixels, product, relu_
 
 __all__ = ['FusedDenseBlock', 'FusedReLU', 'NormConv', 'fold_after']
 
@@ -61,6 +61,23 @@ class FusedReLU(nn.ReLU):
         return x.relu_() if torch.jit.is_scripting() else _relu_(x)
 
 
+# What a module must have for its parameters to be all that it computes with.
+_read_hooks = operator.itemgetter('_forward_hooks', '_forward_pre_hooks')
+_read_conv = operator.itemgetter(
+    '_forward_hooks', '_forward_pre_hooks',
+    'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
+_NO_HOOKS: Any = {}, {}
+_CONV1: Any = {}, {}, (1, 1), (1, 1), (0, 0), (1, 1), 1, 'zeros'
+_CONV2: Any = {}, {}, (3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'
+_TENSORS = frozenset((nn.Parameter, torch.Tensor))
+
+
+def _is_as_built(conv: Any, attributes: Any) -> bool:
+    """Tell whether a convolution has these attributes, and nobody watches it or has replaced a part."""
+    state = conv.__dict__
+    return type(conv) is nn.Conv2d and _read_conv(state) == attributes and 'forward' not in state
+
+
 class NormConv(nn.Module):
     """conv(relu(norm(x))) for a 1x1 convolution and running statistics; optionally averages over 2x2 pixels between."""
 
@@ -80,7 +97,16 @@ class NormConv(nn.Module):
         x = x.relu_() if torch.jit.is_scripting() else _relu_(x)
         if self.pool:  # before the convolution, which has a quarter of the work then: the two commute
             x = F.avg_pool2d(x, 2)
-        return self.conv(x)
+        weight = None if torch.jit.is_scripting() else self._read_weight(x)
+        return self.conv(x) if weight is None else product(x, weight)
+
+    @torch.jit.ignore
+    def _read_weight(self, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """Give the convolution's weight where it is quicker as a matrix product, or None where it is to be called."""
+        if not (_is_only_run(x) and has_few_pixels(x) and _is_as_built(self.conv, _CONV1)) or has_global_hooks():
+            return None
+        weight, bias = map(self.conv._parameters.get, ('weight', 'bias'))
+        return weight if bias is None and type(weight) in _TENSORS else None
 
 
 class _FusedLayer(nn.Module):
@@ -96,17 +122,6 @@ class _FusedLayer(nn.Module):
         return x if self.se is None else self.se(x)
 
 
-# What a module must have for its parameters to be all that it computes with.
-_read_hooks = operator.itemgetter('_forward_hooks', '_forward_pre_hooks')
-_read_conv = operator.itemgetter(
-    '_forward_hooks', '_forward_pre_hooks',
-    'kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode')
-_NO_HOOKS: Any = {}, {}
-_CONV1: Any = {}, {}, (1, 1), (1, 1), (0, 0), (1, 1), 1, 'zeros'
-_CONV2: Any = {}, {}, (3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'
-_TENSORS = frozenset((nn.Parameter, torch.Tensor))
-
-
 def _read_layer(layer: Any) -> Optional[Tuple[Any, ...]]:
     """Give scale, shift, weights, bias and attention of a layer that may be computed without calling its parts.
 
@@ -116,16 +131,14 @@ def _read_layer(layer: Any) -> Optional[Tuple[Any, ...]]:
         None where a part is watched or is not what it was built as.
     """
     norm_conv, conv2, se = map(layer._modules.get, ('conv1', 'conv2', 'se'))
-    if type(layer) is not _FusedLayer or type(norm_conv) is not NormConv or type(conv2) is not nn.Conv2d:
+    if type(layer) is not _FusedLayer or type(norm_conv) is not NormConv:
         return None
-    conv1 = norm_conv._modules['conv']
-    if type(conv1) is not nn.Conv2d:
-        return None
-    states = layer.__dict__, norm_conv.__dict__, conv1.__dict__, conv2.__dict__
+    conv1: Any = norm_conv._modules['conv']
+    states = layer.__dict__, norm_conv.__dict__
     if (
         _read_hooks(states[0]) != _NO_HOOKS or _read_hooks(states[1]) != _NO_HOOKS
-        or _read_conv(states[2]) != _CONV1 or _read_conv(states[3]) != _CONV2
-        or 'forward' in states[0] or 'forward' in states[1] or 'forward' in states[2] or 'forward' in states[3]
+        or 'forward' in states[0] or 'forward' in states[1]
+        or not _is_as_built(conv1, _CONV1) or not _is_as_built(conv2, _CONV2)
     ):
         return None
     ours, first, second = norm_conv._parameters, conv1._parameters, conv2._parameters
@@ -186,9 +199,7 @@ class FusedDenseBlock(nn.Module):
         buffer = pixels.view(batch_size, height, width, channels).permute(0, 3, 1, 2)  # channels_last
         first, *new = buffer.split([end, *growth], 1)
         first.copy_(x)
-        # A convolution on a CPU reorders its weights on every call. For few pixels that takes longer than its kernel
-        # saves against that of a matrix product.
-        is_product = x.is_cpu and len(pixels) <= 1024
+        is_product = has_few_pixels(x)
         small = [t for scale, shift, _, bias1, *_ in layers for t in (scale, shift, bias1)]
         if {t.dtype for t in small} != {x.dtype}:  # autocast, for which one copy is as slow as all in one
             small = list(torch.cat(small).to(x.dtype).split([len(t) for t in small]))

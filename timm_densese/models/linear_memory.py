@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.variable import Variable
 
 from .plain import has_autocast
-from .pointwise import affine_relu, relu_, relu_backward_
+from .pointwise import affine_relu, conv1x1, conv1x1_backward, relu_, relu_backward_
 
 __all__ = ['normalise', 'restore', 'run']
 
@@ -160,9 +160,42 @@ class _Features:
         self.grad: Any = None
         self.scratch: Any = None
 
+    def append(self, x: torch.Tensor) -> None:
+        """Normalise new features (B, C, H, W) into the buffer."""
+        start, end = self.filled, self.filled + x.shape[1]
+        # With a momentum of 1, the running statistics are the batch's.
+        x_hat, _, invstd = torch.native_batch_norm(
+            x, None, None, self.mean[start:end], self.var[start:end], True, 1., self.eps)
+        self.x_hat[:, start:end] = x_hat
+        self.invstd[start:end] = invstd
+        self.filled = end
+
+    def append_backward(self, start: int, end: int) -> torch.Tensor:
+        """Give the gradient of the features that were appended as these channels."""
+        # Dense copies of the slices: the fused kernel needs them.
+        x_hat, grad = (t[:, start:end].contiguous(memory_format=torch.channels_last) for t in (self.x_hat, self.grad))
+        # x_hat has mean 0 and variance 1 already; the scale that made it goes in as the weight.
+        grad_x, _, _ = self._norm_backward(grad, x_hat, self.invstd[start:end], [True, False, False])
+        if start == 0:  # the last to need them
+            self.release()
+        return grad_x
+
+    def _norm_backward(
+            self,
+            grad: torch.Tensor,
+            x_hat: torch.Tensor,
+            weight: torch.Tensor,
+            mask: List[bool],
+    ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Give what `mask` asks for of the gradients of x, weight and bias of a norm, from what is normalised."""
+        zeros, ones = self.zeros[:len(weight)], self.ones[:len(weight)]
+        return torch.ops.aten.native_batch_norm_backward(
+            grad, x_hat, weight, None, None, zeros, ones, True, self.eps, mask)
+
     def start_backward(self, x_hat: torch.Tensor, grad: Optional[torch.Tensor]) -> None:
         """Take the buffer for a backward pass, at whose end all is given back, wherever it ends."""
         self.x_hat, self.grad = x_hat, grad
+        self.zeros, self.ones = torch.zeros_like(self.mean), torch.ones_like(self.mean)
         Variable._execution_engine.queue_callback(self.release)  # type: ignore[attr-defined]
 
     def release(self) -> None:
@@ -195,8 +228,8 @@ class _Features:
         x_hat = self.x_hat[:, :channels]
         relu_backward_(grad, out)
         # In a batch norm's backward pass the two sums are one kernel, which needs a dense copy.
-        _, grad_weight, grad_bias = _norm_backward(
-            grad, out.copy_(x_hat), self.invstd[:channels].new_ones(channels), self.eps, [False, True, True])
+        _, grad_weight, grad_bias = self._norm_backward(
+            grad, out.copy_(x_hat), self.ones[:channels], [False, True, True])
         scale = _channels(weight, grad.dtype)
         if self.grad is None:  # that of the norm after the block, which reads all channels
             self.grad = torch.mul(grad, scale)
@@ -205,20 +238,8 @@ class _Features:
         return grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 
-def _norm_backward(
-        grad: torch.Tensor,
-        x_hat: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        mask: List[bool],
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Give what `mask` asks for of the gradients of x, weight and bias of a batch norm, from what is normalised."""
-    zeros, ones = torch.zeros_like(weight), torch.ones_like(weight)
-    return torch.ops.aten.native_batch_norm_backward(grad, x_hat, weight, None, None, zeros, ones, True, eps, mask)
-
-
 def _channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x.detach().to(dtype)[:, None, None]
+    return x.to(dtype).view(-1, 1, 1)
 
 
 def _copy(bias: torch.Tensor) -> torch.Tensor:
@@ -226,88 +247,76 @@ def _copy(bias: torch.Tensor) -> torch.Tensor:
     return bias.detach().clone()
 
 
-def _conv(x: torch.Tensor, weight: torch.Tensor, conv: Any) -> torch.Tensor:
-    return F.conv2d(x, weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def _conv_backward(
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        conv: Any,
-        needs_weight: bool,
-) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
-        [True, needs_weight, False])
-    return grad_x, grad_weight.to(conv.weight.dtype) if needs_weight else None
-
-
 class _Append(Function):
     """Normalise new features (B, C, H, W) into the buffer; makes a token."""
 
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor, x: torch.Tensor, features: _Features) -> torch.Tensor:
-        start, end = features.filled, features.filled + x.shape[1]
-        # With a momentum of 1, the running statistics are the batch's.
-        x_hat, _, invstd = torch.native_batch_norm(
-            x, None, None, features.mean[start:end], features.var[start:end], True, 1., features.eps)
-        features.x_hat[:, start:end] = x_hat
-        features.invstd[start:end] = invstd
-        features.filled = end
-        ctx.features, ctx.start, ctx.end, ctx.dtype = features, start, end, x.dtype
+        ctx.features, ctx.start, ctx.dtype = features, features.filled, x.dtype
+        features.append(x)
+        ctx.end = features.filled
         return token.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_token: torch.Tensor) -> Any:
-        features = ctx.features
-        # Dense copies of the slices: the fused kernel needs them.
-        x_hat, grad = (t[:, ctx.start:ctx.end].contiguous(memory_format=torch.channels_last)
-                       for t in (features.x_hat, features.grad))
-        # x_hat has mean 0 and variance 1 already; the scale that made it goes in as the weight.
-        grad_x, _, _ = _norm_backward(
-            grad, x_hat, features.invstd[ctx.start:ctx.end], features.eps, [True, False, False])
-        if ctx.start == 0:  # the last to need them
-            features.release()
-        return torch.zeros_like(grad_token), grad_x.to(ctx.dtype), None
+        return grad_token, ctx.features.append_backward(ctx.start, ctx.end).to(ctx.dtype), None
 
 
 class _Layer(Function):
-    """One layer's new features (B, growth_rate, H, W), from the buffer to the second convolution; takes a token."""
+    """One layer's new features (B, growth_rate, H, W), from the buffer to the second convolution.
+
+    Takes a token and makes one. If told to, it appends the new features itself, which saves the time of a function.
+    """
 
     @staticmethod
-    def forward(ctx: Any, token: torch.Tensor, features: _Features, layer: Any, *params: torch.Tensor) -> torch.Tensor:
+    def forward(
+            ctx: Any,
+            token: torch.Tensor,
+            features: _Features,
+            layer: Any,
+            appends: bool,
+            *params: torch.Tensor,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
         weight1, bias1, conv1, weight2, bias2, conv2 = params
         channels, dtype = features.filled, features.x_hat.dtype
         conv1, conv2 = conv1.to(dtype), conv2.to(dtype)
         _update_running_stats(layer.norm1, features.mean[:channels], features.var[:channels])
-        bottleneck = _conv(features.read(channels, weight1, bias1, scratch=True), conv1, layer.conv1)
+        bottleneck = conv1x1(features.read(channels, weight1, bias1, scratch=True), conv1)
         norm2 = layer.norm2
         norm2.num_batches_tracked.add_(1)
         momentum = 1 / float(norm2.num_batches_tracked) if norm2.momentum is None else norm2.momentum
         out, mean, invstd = torch.native_batch_norm(
             bottleneck, weight2, bias2, norm2.running_mean, norm2.running_var, True, momentum, norm2.eps)
+        out = F.conv2d(relu_(out), conv2, None, 1, 1)
+        if appends:
+            features.append(out)
         ctx.save_for_backward(weight1, _copy(bias1), conv1, weight2, _copy(bias2), conv2, bottleneck, mean, invstd)
-        ctx.features, ctx.layer, ctx.channels = features, layer, channels
-        return _conv(relu_(out), conv2, layer.conv2)
+        ctx.features, ctx.layer, ctx.appends = features, layer, appends
+        ctx.channels, ctx.end = channels, features.filled
+        ctx.set_materialize_grads(False)
+        return token.new_zeros(()), out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad_token: Optional[torch.Tensor], grad: Any) -> Any:
         weight1, bias1, conv1, weight2, bias2, conv2, bottleneck, mean, invstd = ctx.saved_tensors
-        features, layer, needs = ctx.features, ctx.layer, ctx.needs_input_grad
+        features, needs = ctx.features, ctx.needs_input_grad
+        if ctx.appends:
+            appended = features.append_backward(ctx.channels, ctx.end)
+            grad = appended if grad is None else grad + appended
         scale, dtype = weight2 * invstd, bottleneck.dtype
         out = affine_relu(bottleneck, _channels(scale, dtype), _channels(bias2 - mean * scale, dtype))
-        grad, grad_conv2 = _conv_backward(grad, out, conv2, layer.conv2, needs[8])
+        grad, grad_conv2, _ = torch.ops.aten.convolution_backward(
+            grad, out, conv2, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, needs[9], False])
         relu_backward_(grad, out)
         grad, grad_weight2, grad_bias2 = torch.ops.aten.native_batch_norm_backward(
-            grad, bottleneck, weight2, None, None, mean, invstd, True, layer.norm2.eps, [True, needs[6], needs[7]])
+            grad, bottleneck, weight2, None, None, mean, invstd, True, ctx.layer.norm2.eps, [True, needs[7], needs[8]])
         out = features.read(ctx.channels, weight1, bias1, scratch=True)
-        grad, grad_conv1 = _conv_backward(grad, out, conv1, layer.conv1, needs[5])
+        grad, grad_conv1 = conv1x1_backward(grad, out, conv1, needs[6])
         grad_weight1, grad_bias1 = features.add_grad(grad, weight1, bias1, out)
-        return (grad.new_zeros(()), None, None, grad_weight1, grad_bias1, grad_conv1, grad_weight2, grad_bias2,
-                grad_conv2)
+        grads = grad_weight1, grad_bias1, grad_conv1, grad_weight2, grad_bias2, grad_conv2
+        return grad.new_zeros(()), None, None, None, *grads
 
 
 class _Tail(Function):
@@ -370,11 +379,13 @@ def _run_eager(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, pool: 
     outputs = [x]
     token = _Append.apply(x.new_zeros(()), x, features)
     for layer in layers:
-        new_features = _Layer.apply(
-            token, features, layer, layer.norm1.weight, layer.norm1.bias, layer.conv1.weight, layer.norm2.weight,
-            layer.norm2.bias, layer.conv2.weight)
-        new_features = _after_conv2(layer, new_features)
-        token = _Append.apply(token, new_features, features)
+        appends = not hasattr(layer, 'se') and layer.drop_rate == 0
+        token, new_features = _Layer.apply(
+            token, features, layer, appends, layer.norm1.weight, layer.norm1.bias, layer.conv1.weight,
+            layer.norm2.weight, layer.norm2.bias, layer.conv2.weight)
+        if not appends:
+            new_features = _after_conv2(layer, new_features)
+            token = _Append.apply(token, new_features, features)
         if tail is None:
             outputs.append(new_features)
     if tail is None:

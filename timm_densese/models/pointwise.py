@@ -1,9 +1,10 @@
-"""Pointwise passes over feature maps."""
-from typing import Optional
+"""Pointwise passes over feature maps, 1x1 convolutions among them."""
+from typing import Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 
-__all__ = ['affine_relu', 'relu_', 'relu_backward_']
+__all__ = ['affine_relu', 'conv1x1', 'conv1x1_backward', 'has_few_pixels', 'product', 'relu_', 'relu_backward_']
 
 # Minus infinity read as an integer. Above it, among the negative integers, are the negative NaNs alone.
 _MINUS_INFINITY = {torch.bfloat16: -128, torch.float16: -1024}
@@ -60,3 +61,58 @@ def affine_relu(
         out: Where to write.
     """
     return relu_(torch.addcmul(shift, x, scale, out=out))
+
+
+def has_few_pixels(x: torch.Tensor) -> bool:
+    """Tell whether a 1x1 convolution of this is quicker as a matrix product.
+
+    A convolution on a CPU reorders its weights on every call. For few pixels, that takes longer than its kernel saves.
+
+    Args:
+        x: Features (B, C, H, W).
+    """
+    return x.is_cpu and x.shape[0] * x.shape[2] * x.shape[3] <= (2048 if x.dtype.itemsize == 2 else 512)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute a 1x1 convolution as a matrix product.
+
+    Args:
+        x: Features (B, C, H, W), in channels_last.
+        weight: (C_out, C, 1, 1).
+
+    Returns:
+        (B, C_out, H, W), in channels_last.
+    """
+    out = torch.mm(_pixels(x), weight.flatten(1).t())
+    return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def conv1x1(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute a 1x1 convolution without a bias, in the quickest way.
+
+    Args:
+        x: Features (B, C, H, W), in channels_last.
+        weight: Of x's type, (C_out, C, 1, 1).
+    """
+    return product(x, weight) if has_few_pixels(x) else F.conv2d(x, weight)
+
+
+def conv1x1_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        needs_weight: bool,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Compute the gradients of x and, if needed, of the weight, from that of what `conv1x1` gave."""
+    if has_few_pixels(x):
+        grad_weight = torch.mm(_pixels(grad).t(), _pixels(x)).view_as(weight) if needs_weight else None
+        return product(grad, weight.transpose(0, 1)), grad_weight
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, needs_weight, False])
+    return grad_x, grad_weight
+
+
+def _pixels(x: torch.Tensor) -> torch.Tensor:
+    """Give features (B, C, H, W) as (B * H * W, C), which in channels_last copies nothing."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
