@@ -27,7 +27,9 @@ import timm_densese  # noqa: F401
 from timm_densese.files import replace_file
 
 RESULTS = Path(__file__).parent / 'results'
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+# By the names of timm's --precision: the model's own type, or (amp) that of autocast.
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'amp_bfloat16': torch.bfloat16,
+          'amp_float16': torch.float16}
 COMPILED = ('compile', 'freezing', 'max-autotune')
 Run = Callable[[], Any]
 # What TINY_NETS=1 makes of the nets, for a dry run that asks whether all runs and not how fast. Nothing is compiled.
@@ -276,17 +278,18 @@ def build(kind: str, model: str, execution: str, dtype: str, batch_size: int, si
             return onnxruntime_run(file, x)
         return openvino_run(file, x, {'float32': 'f32', 'bfloat16': 'bf16'}[dtype])
 
-    net = create(model, kind == 'train').to(device(), memory_format=torch.channels_last)
+    amp, own = (DTYPES[dtype], torch.float32) if dtype.startswith('amp_') else (torch.float32, DTYPES[dtype])
+    x, net = x.to(own), create(model, kind == 'train').to(device(), own, memory_format=torch.channels_last)
     forward = net
     if execution in COMPILED:
         backend = {'backend': 'aot_eager'} if os.environ.get('TINY_NETS') else {
             'mode': 'max-autotune' if execution == 'max-autotune' else 'default'}
         forward = torch.compile(net, **backend)
     if kind == 'train':
-        run = training_step(net, x, DTYPES[dtype], forward, torch.optim.SGD(net.parameters(), lr=1e-4, momentum=.9))
+        run = training_step(net, x, amp, forward, torch.optim.SGD(net.parameters(), lr=1e-4, momentum=.9))
     else:
         def run() -> torch.Tensor:
-            with torch.no_grad(), autocast(DTYPES[dtype]):
+            with torch.no_grad(), autocast(amp):
                 return forward(x)
 
     return cudagraph(run) if execution == 'cudagraph' else run

@@ -1,8 +1,8 @@
 """All that concerns a GPU, in one command of under 9 minutes, on a bare machine without a network.
 
 Tests on the device, bytes saved for backward, throughput of inference and training (ours, timm's, rdnet_tiny,
-seresnet50; eager, compile, max-autotune; bfloat16; batch 1, 64 and the largest), what SE costs, and time against the
-floor that the card's measured ceilings give. Not measured yet: no GPU was at hand.
+seresnet50; eager, compile, max-autotune; bfloat16 autocast; batch 1, 64 and the largest), what SE costs, and time
+against the floor that the card's measured ceilings give. Not measured yet: no GPU was at hand.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --dry-run     # the same steps with tiny nets, on a CPU
@@ -89,7 +89,7 @@ def measure_bytes(size: int, batch_size: int) -> dict[str, dict[str, float | Non
         net = create(model, True).to(device(), memory_format=torch.channels_last)
         with torch.autocast(device().type, torch.bfloat16):
             saved = saved_megabytes(net, size)
-        peak = peak_memory('train', model, 'eager', 'bfloat16', batch_size, size, Path())
+        peak = peak_memory('train', model, 'eager', 'amp_bfloat16', batch_size, size, Path())
         found[model] = {'saved': saved, 'peak': peak}
         print(f'    {model}: {saved:.1f} MB an image, {peak or 0:.0f} MB at batch {batch_size}')
     return found
@@ -98,11 +98,11 @@ def measure_bytes(size: int, batch_size: int) -> dict[str, dict[str, float | Non
 def measure_largest(bench: Bench, kind: str, models: tuple[str, ...], guess: int, limit: float | None,
                     part: int) -> None:
     for model in models:
-        size = largest_batch(kind, model, 'bfloat16', bench.size, guess, limit, part)
+        size = largest_batch(kind, model, 'amp_bfloat16', bench.size, guess, limit, part)
         if not size:
             raise RuntimeError(f'one image of {model} does not fit')
         with tempfile.TemporaryDirectory() as folder:
-            bench.group(kind, 'eager', 'bfloat16', {model: size}, Path(folder), 'largest')
+            bench.group(kind, 'eager', 'amp_bfloat16', {model: size}, Path(folder), 'largest')
 
 
 def cost_of_se(out: Path) -> dict[str, float]:
@@ -132,7 +132,7 @@ def main() -> None:
     def throughput(kind: str, execution: str, models: tuple[str, ...]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for batch_size in batches[-1:] if dry and (kind, execution) != ('infer', 'eager') else batches:
-                bench.group(kind, execution, 'bfloat16', dict.fromkeys(models, batch_size), Path(folder))
+                bench.group(kind, execution, 'amp_bfloat16', dict.fromkeys(models, batch_size), Path(folder))
         failed = [f'{row["model"]}, batch {row["batch"]}: {row["error"]}' for row in read(out)
                   if row['kind'] == kind and row['execution'] == execution and 'error' in row]
         if failed:

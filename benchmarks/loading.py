@@ -62,7 +62,7 @@ def loader_rate(folder: Path, images: int, training: bool, workers: int) -> floa
 
 
 def model_rates() -> dict[str, float]:
-    dtype = 'bfloat16' if device().type == 'cuda' else 'float32'
+    dtype = 'amp_bfloat16' if device().type == 'cuda' else 'float32'
     batch_size = 256 if device().type == 'cuda' else BATCH_SIZE
     runs = {kind: build(kind, f'se_densenet121 {how}', 'eager', dtype, batch_size, 224, Path())
             for kind, how in (('train', 'linear memory'), ('infer', 'fused'))}

@@ -19,6 +19,7 @@ QUOTED = (('infer', 'se_densenet{} fused', (1, 4, 16)), ('train', 'se_densenet{}
 # And how it ran. README.md has the first.
 RAN = {'eager': '', 'compile': ', compiled', 'freezing': ', compiled with freezing',
        'onnxruntime': ', in ONNX Runtime', 'openvino': ', in OpenVINO'}
+SHOWN = {'float32': 'float32', 'bfloat16': 'bfloat16', 'amp_bfloat16': 'bfloat16 autocast'}
 MARKS = re.compile(r'(<!-- throughput -->\n)(.*?)(\n<!-- /throughput -->)', re.DOTALL)
 
 
@@ -48,10 +49,10 @@ def quoted_table(rows: list[dict[str, Any]], file: Path) -> str:
     for kind, name, _ in QUOTED:
         for model in sorted({row['model'] for row in rows if base(row['model']) in row['model']
                              and row['model'] == name.format(base(row['model'])[8:])}):
-            for execution, dtype in product(list(RAN)[:1 if short else None], ('float32', 'bfloat16')):
+            for execution, dtype in product(list(RAN)[:1 if short else None], SHOWN):
                 cells = [_quoted(found.get((kind, execution, dtype, 224, size, model)), short) for size in batches]
                 if any(cells):
-                    lines.append('| ' + ' | '.join([f'{model}, {dtype}{RAN[execution]}', *cells]) + ' |')
+                    lines.append('| ' + ' | '.join([f'{model}, {SHOWN[dtype]}{RAN[execution]}', *cells]) + ' |')
     first = rows[0]
     return '\n'.join([*lines, '', f'{first["device"]}, {first["threads"]} threads, torch {first["torch"]}, timm '
                       f'{first["timm"]}; ' + ('medians.' if short else 'in brackets, the middle half of the rounds.')])

@@ -91,6 +91,13 @@ def largest_batch(kind: str, model: str, dtype: str, size: int, guess: int, limi
     return fits
 
 
+def applies(kind: str, execution: str, dtype: str) -> bool:
+    """Tell whether somebody would run it: weights are trained in float32, and exported in it."""
+    if execution == 'onnxruntime':
+        return dtype == 'float32'
+    return not dtype.startswith('amp_') if execution == 'openvino' else kind == 'infer' or dtype != 'bfloat16'
+
+
 class Bench:
     """Measures groups of models and appends a record for each to rows.jsonl.
 
@@ -194,7 +201,8 @@ def main() -> None:
     parser.add_argument('--variants', nargs='+', choices=VARIANTS, default=['121'])
     parser.add_argument('--executions', nargs='+', choices=known['infer'], default=known['infer'])
     parser.add_argument('--dtypes', nargs='+', choices=DTYPES,
-                        default=list(DTYPES) if device().type == 'cuda' else ['float32', 'bfloat16'])
+                        default=list(DTYPES) if device().type == 'cuda' else ['float32', 'bfloat16', 'amp_bfloat16'],
+                        help="as timm's --precision; amp: autocast")
     parser.add_argument('--batch-sizes', type=int, nargs='+',
                         default=[1, 8, 32, 64, 128, 256] if device().type == 'cuda' else [1, 4, 8, 16],
                         help='and, in eager mode, the largest that fits')
@@ -223,8 +231,8 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench(out, args.img_size, args.seconds, 3 if args.quick else 5)
     groups = [(kind, execution, dtype, variant) for kind in args.kinds for execution in args.executions
-              for dtype in args.dtypes for variant in args.variants if execution in known[kind]
-              and (execution, dtype) != ('onnxruntime', 'bfloat16')]  # exported in float32, as it is served
+              for dtype in args.dtypes for variant in args.variants
+              if execution in known[kind] and applies(kind, execution, dtype)]
     try:
         with tempfile.TemporaryDirectory() as folder:
             for kind, execution, dtype, variant in tqdm(groups, unit='group', disable=None):

@@ -175,7 +175,7 @@ def test_gpu_dry_run(tmp_path, run_alone):
     record = json.loads((tmp_path / 'gpu.json').read_text())
     assert result.returncode == 0, record['steps']
     assert all('error' not in step and 'left_out' not in step for step in record['steps'].values())
-    assert list(tmp_path.glob('benchmark-train-bfloat16-*-eager.csv'))
+    assert list(tmp_path.glob('benchmark-train-amp_bfloat16-*-eager.csv'))
     assert (tmp_path / 'roofline.png').exists()
 
 
