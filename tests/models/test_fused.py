@@ -57,6 +57,10 @@ def layer(net):
     return net.features.denseblock2.layers[0]
 
 
+def transition(net):
+    return net.features.transition1
+
+
 def scale_all(tensors):
     for t in tensors:
         t.mul_(1.1)
@@ -103,6 +107,10 @@ CHANGES = {
     'hook': lambda net: conv1(net).register_forward_hook(lambda module, args, out: out * 2),
     'pre-hook': lambda net: layer(net).conv1.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
     'attention': lambda net: setattr(layer(net), 'se', nn.Tanh()),
+    'subclass in a transition': lambda net: setattr(transition(net), 'conv', instead(transition(net).conv, Plus)),
+    'bias in a transition': lambda net: give_bias(transition(net).conv),
+    'forward in a transition': lambda net: override(transition(net).conv),
+    'hook in a transition': lambda net: transition(net).conv.register_forward_hook(lambda module, args, out: out * 2),
     'hook on an attention': lambda net: add_watched(layer(net)),
 }
 
@@ -119,6 +127,13 @@ def test_what_changes_a_fused_model_reaches_its_outputs(change):
         expected = fused(x).detach()
     assert relative_error(fused(x), expected) < 1e-5
     assert relative_error(expected, before) > 1e-3
+
+
+@torch.no_grad()
+def test_fused_without_images():
+    model = trained()
+    x = images(2, dtype=torch.float32)[:0]
+    assert reparameterize_model(model)(x).shape == model(x).shape == (0, 5)
 
 
 @torch.no_grad()

@@ -208,7 +208,7 @@ class FusedDenseBlock(nn.Module):
             y = affine_relu(pixels.narrow(1, 0, end), scale, shift)
             if is_product:
                 y = relu_(torch.mm(y, weight1.flatten(1).t()).add_(bias1))
-                y = y.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
+                y = y.view(batch_size, height, width, len(bias1)).permute(0, 3, 1, 2)
             else:
                 y = relu_(F.conv2d(y.view(batch_size, height, width, end).permute(0, 3, 1, 2), weight1, bias1))
             y = F.conv2d(y, weight2, None, 1, 1)

@@ -244,7 +244,7 @@ def _channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _copy(bias: torch.Tensor) -> torch.Tensor:
     """Copy a bias: a plain batch norm does not need it in backward, so it may change until then."""
-    return bias.detach().clone()
+    return bias.clone()
 
 
 class _Append(Function):

@@ -71,7 +71,7 @@ def has_few_pixels(x: torch.Tensor) -> bool:
     Args:
         x: Features (B, C, H, W).
     """
-    return x.is_cpu and x.shape[0] * x.shape[2] * x.shape[3] <= (2048 if x.dtype.itemsize == 2 else 512)
+    return x.is_cpu and x.shape[0] * x.shape[2] * x.shape[3] <= 512
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         (B, C_out, H, W), in channels_last.
     """
     out = torch.mm(_pixels(x), weight.flatten(1).t())
-    return out.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+    return out.view(x.shape[0], *x.shape[2:], weight.shape[0]).permute(0, 3, 1, 2)
 
 
 def conv1x1(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
