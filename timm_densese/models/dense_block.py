@@ -123,7 +123,8 @@ class DenseBlock(densenet.DenseBlock):
             and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
             and all(
                 is_plain_module(layer, densenet.DenseLayer, SEDenseLayer) and is_plain_parts(layer)
-                and _reads_normalised(layer.norm1, layers[0].norm1.eps) and layer.norm2.training for layer in layers)
+                and layer.norm1.training and layer.norm1.eps == layers[0].norm1.eps and layer.norm2.training
+                for layer in layers)
             and _is_dtype_known(x, [t for layer in layers for t in (
                 layer.norm1.weight, layer.conv1.weight, layer.norm2.weight, layer.conv2.weight)]))
 
@@ -190,14 +191,13 @@ class DenseFeatures(nn.Sequential):
                 x = module(x)
             elif modules and not has_hooks(module) and _can_read(modules[0], x, module):
                 x = _read(module.forward_memory_efficient, modules.pop(0), x)
-            elif modules:  # an attention, or a transition of another kind
-                x = module(x)
-                with restore(x):
-                    x = modules.pop(0)(x)
-                if modules and _can_read(modules[0], x):
-                    x = _read(normalise, modules.pop(0), x)
             else:
-                x = module(x)
+                x = module(x) if has_hooks(module) else module.forward_memory_efficient(x)
+                if modules:  # an attention, or a transition of another kind
+                    with restore(x):
+                        x = modules.pop(0)(x)
+                    if modules and _can_read(modules[0], x):
+                        x = _read(normalise, modules.pop(0), x)
         return x
 
     def fuse(self) -> 'DenseFeatures':

@@ -50,7 +50,7 @@ def is_plain_norm(norm: Any) -> bool:
     """Tell whether this is timm's batch norm with ReLU, affine and with running statistics."""
     return (
         is_plain_module(norm, BatchNormAct2d) and list(norm._modules) == ['drop', 'act']
-        and is_plain_module(norm.act, nn.ReLU) and is_plain_module(norm.drop, nn.Identity)
+        and is_plain_module(norm._modules['act'], nn.ReLU) and is_plain_module(norm._modules['drop'], nn.Identity)
         and type(None) not in map(type, (*norm._parameters.values(), *norm._buffers.values()))
         and norm.track_running_stats)
 
@@ -61,15 +61,17 @@ def is_plain_conv(conv: Any, kernel_size: int) -> bool:
         is_plain_module(conv, nn.Conv2d) and conv.kernel_size == (kernel_size, kernel_size)
         and conv.padding == (kernel_size // 2, kernel_size // 2) and conv.padding_mode == 'zeros'
         and conv.stride == conv.dilation == (1, 1) and conv.groups == 1
-        and isinstance(conv.weight, torch.Tensor) and conv.bias is None)
+        and list(conv._parameters) == ['weight', 'bias']
+        and conv._parameters['weight'] is not None and conv._parameters['bias'] is None)
 
 
 def is_plain_parts(layer: Any) -> bool:
     """Tell whether a dense layer's norms and convolutions are timm's, with nothing between, and fit each other."""
+    parts = layer._modules
     return (
-        list(layer._modules) in (['norm1', 'conv1', 'norm2', 'conv2'], ['norm1', 'conv1', 'norm2', 'conv2', 'se'])
-        and is_plain_norm(layer.norm1) and is_plain_conv(layer.conv1, 1)
-        and is_plain_norm(layer.norm2) and is_plain_conv(layer.conv2, 3))
+        list(parts) in (['norm1', 'conv1', 'norm2', 'conv2'], ['norm1', 'conv1', 'norm2', 'conv2', 'se'])
+        and is_plain_norm(parts['norm1']) and is_plain_conv(parts['conv1'], 1)
+        and is_plain_norm(parts['norm2']) and is_plain_conv(parts['conv2'], 3))
 
 
 def is_plain_transition(module: Any) -> bool:
