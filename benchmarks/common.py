@@ -43,8 +43,8 @@ TINY: dict[str, dict[str, Any]] = {
 def interleave(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
     """Time functions in turns, so that what disturbs the machine disturbs all; each round starts with another one.
 
-    On a CPU, a turn of a short one has a call before it that is not timed, for the caches hold what the others read:
-    who uses a model calls it again and again.
+    On a CPU, a turn of one that takes less than a second has a call before it that is not timed, for the caches, also
+    oneDNN's of kernels, hold what the others used: who uses a model calls it again and again.
 
     Args:
         runs: What to time, by name.
@@ -59,7 +59,7 @@ def interleave(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2
     for i in tqdm(range(-warmup, repeats), desc=', '.join(names), unit='round', leave=False):
         for name in names[i % len(names):] + names[:i % len(names)]:
             elapsed = time_run(runs[name])
-            if elapsed < .2 and device().type == 'cpu':
+            if elapsed < 1 and device().type == 'cpu':
                 elapsed = time_run(runs[name])
             if i >= 0:
                 seconds[name].append(elapsed)
