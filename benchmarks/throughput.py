@@ -95,7 +95,9 @@ def applies(kind: str, execution: str, dtype: str) -> bool:
     """Tell whether somebody would run it: weights are trained in float32, and exported in it."""
     if execution == 'onnxruntime':
         return dtype == 'float32'
-    return not dtype.startswith('amp_') if execution == 'openvino' else kind == 'infer' or dtype != 'bfloat16'
+    if execution == 'openvino':
+        return not dtype.startswith('amp_')
+    return kind == 'infer' or dtype != 'bfloat16'
 
 
 class Bench:

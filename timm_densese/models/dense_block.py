@@ -29,7 +29,7 @@ from .plain import (
     is_transformed,
     same_dtype_and_device,
 )
-from .pointwise import has_few_pixels, product
+from .pointwise import conv1x1
 
 __all__ = ['DenseBlock', 'DenseFeatures', 'SEDenseLayer']
 
@@ -240,9 +240,7 @@ def _read(run: Callable[..., torch.Tensor], reader: Any, x: torch.Tensor) -> tor
     if isinstance(reader, BatchNormAct2d):
         return run(x, reader)
     # A 1x1 convolution and an average commute: pooled first, the convolution has a quarter of the work.
-    x = run(x, reader.norm, pool=True)
-    is_product = not torch.compiler.is_compiling() and has_few_pixels(x)
-    x = product(x, reader.conv.weight) if is_product else reader.conv(x)
+    x = conv1x1(run(x, reader.norm, pool=True), reader.conv.weight)
     return reader.se(x) if hasattr(reader, 'se') else x
 
 

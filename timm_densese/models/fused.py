@@ -13,8 +13,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .plain import has_global_hooks, is_transformed
-from .pointwise import affine_relu, has_few_pixels, product, relu_
+from .plain import TENSORS, has_global_hooks, is_transformed
+from .pointwise import affine_relu, conv1x1, has_few_pixels, relu_
 
 __all__ = ['FusedDenseBlock', 'FusedReLU', 'NormConv', 'fold_after']
 
@@ -69,7 +69,6 @@ _read_conv = operator.itemgetter(
 _NO_HOOKS: Any = {}, {}
 _CONV1: Any = {}, {}, (1, 1), (1, 1), (0, 0), (1, 1), 1, 'zeros'
 _CONV2: Any = {}, {}, (3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'
-_TENSORS = frozenset((nn.Parameter, torch.Tensor))
 
 
 def _is_as_built(conv: Any, attributes: Any) -> bool:
@@ -98,15 +97,15 @@ class NormConv(nn.Module):
         if self.pool:  # before the convolution, which has a quarter of the work then: the two commute
             x = F.avg_pool2d(x, 2)
         weight = None if torch.jit.is_scripting() else self._read_weight(x)
-        return self.conv(x) if weight is None else product(x, weight)
+        return self.conv(x) if weight is None else conv1x1(x, weight)
 
     @torch.jit.ignore
     def _read_weight(self, x: torch.Tensor) -> Optional[torch.Tensor]:
-        """Give the convolution's weight where it is quicker as a matrix product, or None where it is to be called."""
-        if not (_is_only_run(x) and has_few_pixels(x) and _is_as_built(self.conv, _CONV1)) or has_global_hooks():
+        """Give the convolution's weight where it computes with nothing else, or None where it is to be called."""
+        if not _is_only_run(x) or has_global_hooks() or not _is_as_built(self.conv, _CONV1):
             return None
         weight, bias = map(self.conv._parameters.get, ('weight', 'bias'))
-        return weight if bias is None and type(weight) in _TENSORS else None
+        return weight if bias is None and type(weight) in TENSORS else None
 
 
 class _FusedLayer(nn.Module):
@@ -143,7 +142,7 @@ def _read_layer(layer: Any) -> Optional[Tuple[Any, ...]]:
         return None
     ours, first, second = norm_conv._parameters, conv1._parameters, conv2._parameters
     tensors = tuple(map(dict.get, (ours, ours, first, first, second), ('scale', 'shift', 'weight', 'bias', 'weight')))
-    if second.get('bias') is not None or not _TENSORS.issuperset(map(type, tensors)):
+    if second.get('bias') is not None or not TENSORS.issuperset(map(type, tensors)):
         return None
     return *tensors, se
 

@@ -160,23 +160,24 @@ class _Features:
         self.grad: Any = None
         self.scratch: Any = None
 
-    def append(self, x: torch.Tensor) -> None:
-        """Normalise new features (B, C, H, W) into the buffer."""
-        start, end = self.filled, self.filled + x.shape[1]
+    def append(self, x: torch.Tensor) -> slice:
+        """Normalise new features (B, C, H, W) into the buffer; give the channels that they have there."""
+        channels = slice(self.filled, self.filled + x.shape[1])
         # With a momentum of 1, the running statistics are the batch's.
         x_hat, _, invstd = torch.native_batch_norm(
-            x, None, None, self.mean[start:end], self.var[start:end], True, 1., self.eps)
-        self.x_hat[:, start:end] = x_hat
-        self.invstd[start:end] = invstd
-        self.filled = end
+            x, None, None, self.mean[channels], self.var[channels], True, 1., self.eps)
+        self.x_hat[:, channels] = x_hat
+        self.invstd[channels] = invstd
+        self.filled = channels.stop
+        return channels
 
-    def append_backward(self, start: int, end: int) -> torch.Tensor:
+    def append_backward(self, channels: slice) -> torch.Tensor:
         """Give the gradient of the features that were appended as these channels."""
         # Dense copies of the slices: the fused kernel needs them.
-        x_hat, grad = (t[:, start:end].contiguous(memory_format=torch.channels_last) for t in (self.x_hat, self.grad))
+        x_hat, grad = (t[:, channels].contiguous(memory_format=torch.channels_last) for t in (self.x_hat, self.grad))
         # x_hat has mean 0 and variance 1 already; the scale that made it goes in as the weight.
-        grad_x, _, _ = self._norm_backward(grad, x_hat, self.invstd[start:end], [True, False, False])
-        if start == 0:  # the last to need them
+        grad_x, _, _ = self._norm_backward(grad, x_hat, self.invstd[channels], [True, False, False])
+        if channels.start == 0:  # the last to need them
             self.release()
         return grad_x
 
@@ -252,15 +253,13 @@ class _Append(Function):
 
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor, x: torch.Tensor, features: _Features) -> torch.Tensor:
-        ctx.features, ctx.start, ctx.dtype = features, features.filled, x.dtype
-        features.append(x)
-        ctx.end = features.filled
+        ctx.features, ctx.dtype, ctx.appended = features, x.dtype, features.append(x)
         return token.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_token: torch.Tensor) -> Any:
-        return grad_token, ctx.features.append_backward(ctx.start, ctx.end).to(ctx.dtype), None
+        return grad_token, ctx.features.append_backward(ctx.appended).to(ctx.dtype), None
 
 
 class _Layer(Function):
@@ -289,11 +288,9 @@ class _Layer(Function):
         out, mean, invstd = torch.native_batch_norm(
             bottleneck, weight2, bias2, norm2.running_mean, norm2.running_var, True, momentum, norm2.eps)
         out = F.conv2d(relu_(out), conv2, None, 1, 1)
-        if appends:
-            features.append(out)
+        ctx.appended = features.append(out) if appends else None
         ctx.save_for_backward(weight1, _copy(bias1), conv1, weight2, _copy(bias2), conv2, bottleneck, mean, invstd)
-        ctx.features, ctx.layer, ctx.appends = features, layer, appends
-        ctx.channels, ctx.end = channels, features.filled
+        ctx.features, ctx.layer, ctx.channels = features, layer, channels
         ctx.set_materialize_grads(False)
         return token.new_zeros(()), out
 
@@ -302,9 +299,9 @@ class _Layer(Function):
     def backward(ctx: Any, grad_token: Optional[torch.Tensor], grad: Any) -> Any:
         weight1, bias1, conv1, weight2, bias2, conv2, bottleneck, mean, invstd = ctx.saved_tensors
         features, needs = ctx.features, ctx.needs_input_grad
-        if ctx.appends:
-            appended = features.append_backward(ctx.channels, ctx.end)
-            grad = appended if grad is None else grad + appended
+        if ctx.appended is not None:
+            grad_appended = features.append_backward(ctx.appended)
+            grad = grad_appended if grad is None else grad + grad_appended
         scale, dtype = weight2 * invstd, bottleneck.dtype
         out = affine_relu(bottleneck, _channels(scale, dtype), _channels(bias2 - mean * scale, dtype))
         grad, grad_conv2, _ = torch.ops.aten.convolution_backward(

@@ -14,14 +14,15 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 __all__ = [
-    'has_autocast', 'has_global_hooks', 'has_hooks', 'is_plain_conv', 'is_plain_module', 'is_plain_norm',
+    'TENSORS', 'has_autocast', 'has_global_hooks', 'has_hooks', 'is_plain_conv', 'is_plain_module', 'is_plain_norm',
     'is_plain_parts', 'is_plain_transition', 'is_transformed', 'same_dtype_and_device']
 
 _METHODS = frozenset(
     name for kind in (densenet.DenseBlock, densenet.DenseLayer, densenet.DenseTransition, nn.Conv2d, BatchNormAct2d)
     for name in dir(kind) if callable(getattr(kind, name)))
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith('_hooks'))
-_TENSORS = frozenset((nn.Parameter, torch.Tensor, type(None)))
+TENSORS = frozenset((nn.Parameter, torch.Tensor))
+_TENSORS_OR_NONE = TENSORS | {type(None)}
 
 
 def has_global_hooks() -> bool:
@@ -42,8 +43,8 @@ def is_plain_module(module: Any, *kinds: type) -> bool:
     """
     if type(module) not in kinds or has_hooks(module) or not _METHODS.isdisjoint(vars(module)):
         return False
-    parameters, buffers = vars(module)['_parameters'], vars(module)['_buffers']
-    return _TENSORS.issuperset(map(type, parameters.values())) and _TENSORS.issuperset(map(type, buffers.values()))
+    tensors = *vars(module)['_parameters'].values(), *vars(module)['_buffers'].values()
+    return _TENSORS_OR_NONE.issuperset(map(type, tensors))
 
 
 def is_plain_norm(norm: Any) -> bool:
@@ -51,7 +52,9 @@ def is_plain_norm(norm: Any) -> bool:
     return (
         is_plain_module(norm, BatchNormAct2d) and list(norm._modules) == ['drop', 'act']
         and is_plain_module(norm._modules['act'], nn.ReLU) and is_plain_module(norm._modules['drop'], nn.Identity)
-        and type(None) not in map(type, (*norm._parameters.values(), *norm._buffers.values()))
+        and list(norm._parameters) == ['weight', 'bias']
+        and list(norm._buffers) == ['running_mean', 'running_var', 'num_batches_tracked']
+        and TENSORS.issuperset(map(type, (*norm._parameters.values(), *norm._buffers.values())))
         and norm.track_running_stats)
 
 

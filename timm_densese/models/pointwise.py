@@ -4,7 +4,7 @@ from typing import Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ['affine_relu', 'conv1x1', 'conv1x1_backward', 'has_few_pixels', 'product', 'relu_', 'relu_backward_']
+__all__ = ['affine_relu', 'conv1x1', 'conv1x1_backward', 'has_few_pixels', 'relu_', 'relu_backward_']
 
 # Minus infinity read as an integer. Above it, among the negative integers, are the negative NaNs alone.
 _MINUS_INFINITY = {torch.bfloat16: -128, torch.float16: -1024}
@@ -71,19 +71,13 @@ def has_few_pixels(x: torch.Tensor) -> bool:
     Args:
         x: Features (B, C, H, W).
     """
+    if torch.compiler.is_compiling():  # which has its own ways, for any number of pixels
+        return False
     return x.is_cpu and x.shape[0] * x.shape[2] * x.shape[3] <= 512
 
 
-def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Compute a 1x1 convolution as a matrix product.
-
-    Args:
-        x: Features (B, C, H, W), in channels_last.
-        weight: (C_out, C, 1, 1).
-
-    Returns:
-        (B, C_out, H, W), in channels_last.
-    """
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Compute a 1x1 convolution as a matrix product."""
     out = torch.mm(_pixels(x), weight.flatten(1).t())
     return out.view(x.shape[0], *x.shape[2:], weight.shape[0]).permute(0, 3, 1, 2)
 
@@ -93,9 +87,12 @@ def conv1x1(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: Features (B, C, H, W), in channels_last.
-        weight: Of x's type, (C_out, C, 1, 1).
+        weight: (C_out, C, 1, 1), of x's type where there is no autocast.
+
+    Returns:
+        (B, C_out, H, W), in channels_last.
     """
-    return product(x, weight) if has_few_pixels(x) else F.conv2d(x, weight)
+    return _product(x, weight) if has_few_pixels(x) else F.conv2d(x, weight)
 
 
 def conv1x1_backward(
@@ -107,7 +104,7 @@ def conv1x1_backward(
     """Compute the gradients of x and, if needed, of the weight, from that of what `conv1x1` gave."""
     if has_few_pixels(x):
         grad_weight = torch.mm(_pixels(grad).t(), _pixels(x)).view_as(weight) if needs_weight else None
-        return product(grad, weight.transpose(0, 1)), grad_weight
+        return _product(grad, weight.transpose(0, 1)), grad_weight
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, needs_weight, False])
     return grad_x, grad_weight
