@@ -90,9 +90,11 @@ class NormConv(nn.Module):
         self.train(conv.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # As a batch norm: ONNX Runtime runs it faster than a product and a sum.
-        mean, var = torch.zeros_like(self.shift), torch.ones_like(self.scale)
-        x = F.batch_norm(x, mean, var, self.scale, self.shift, False, 0., 0.)
+        # As a batch norm: ONNX Runtime runs it faster than a product and a sum. Some versions of torch want an eps
+        # above 0. With this one, the variance makes exactly 1.
+        eps = 2. ** -20
+        mean, var = torch.zeros_like(self.shift), torch.full_like(self.scale, 1. - eps)
+        x = F.batch_norm(x, mean, var, self.scale, self.shift, False, 0., eps)
         x = x.relu_() if torch.jit.is_scripting() else _relu_(x)
         if self.pool:  # before the convolution, which has a quarter of the work then: the two commute
             x = F.avg_pool2d(x, 2)

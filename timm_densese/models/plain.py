@@ -17,9 +17,10 @@ __all__ = [
     'TENSORS', 'has_autocast', 'has_global_hooks', 'has_hooks', 'is_plain_conv', 'is_plain_module', 'is_plain_norm',
     'is_plain_parts', 'is_plain_transition', 'is_transformed', 'same_dtype_and_device']
 
-_METHODS = frozenset(
-    name for kind in (densenet.DenseBlock, densenet.DenseLayer, densenet.DenseTransition, nn.Conv2d, BatchNormAct2d)
-    for name in dir(kind) if callable(getattr(kind, name)))
+# What a call of a block, a layer, a transition, a convolution or a norm calls.
+_METHODS = (
+    '_call_impl', 'forward', '_conv_forward', '_check_input_dim', 'any_requires_grad', 'bottleneck_fn',
+    'call_checkpoint_bottleneck', 'is_memory_efficient', 'forward_memory_efficient')
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith('_hooks'))
 TENSORS = frozenset((nn.Parameter, torch.Tensor))
 _TENSORS_OR_NONE = TENSORS | {type(None)}
@@ -41,7 +42,7 @@ def is_plain_module(module: Any, *kinds: type) -> bool:
     It is of exactly one of these types, without hooks, with its type's methods, and its tensors are torch's own. This
     runs for each part of each layer at every step, so it reads dictionaries, which is faster than attributes.
     """
-    if type(module) not in kinds or has_hooks(module) or not _METHODS.isdisjoint(vars(module)):
+    if type(module) not in kinds or has_hooks(module) or any(map(vars(module).get, _METHODS)):
         return False
     tensors = *vars(module)['_parameters'].values(), *vars(module)['_buffers'].values()
     return _TENSORS_OR_NONE.issuperset(map(type, tensors))
