@@ -44,6 +44,9 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # before the first import of Triton, for tests/models/test_kernels.py
+
 import timm_densese  # noqa: E402, F401
 from timm_densese.cli import main  # noqa: E402
 from timm_densese.data.splits import split_images  # noqa: E402

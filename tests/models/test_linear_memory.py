@@ -126,7 +126,8 @@ def buffers_held(loss):
             seen.add(node)
             nodes += [n for n, _ in node.next_functions]
             features = getattr(node, 'features', None)
-            held += [t for t in vars(features or object).values() if isinstance(t, torch.Tensor) and t.ndim > 1]
+            held += [t for t in vars(features or object).values()
+                     if isinstance(t, torch.Tensor) and t.numel() > features.stats.numel()]
     return held
 
 

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .plain import TENSORS, has_global_hooks, is_transformed
-from .pointwise import affine_relu, conv1x1, has_few_pixels, relu_
+from .pointwise import affine_relu, conv1x1, find_kernels, has_few_pixels, relu_
 
 __all__ = ['FusedDenseBlock', 'FusedReLU', 'NormConv', 'fold_after']
 
@@ -200,26 +200,31 @@ class FusedDenseBlock(nn.Module):
         buffer = pixels.view(batch_size, height, width, channels).permute(0, 3, 1, 2)  # channels_last
         first, *new = buffer.split([end, *growth], 1)
         first.copy_(x)
-        is_product = has_few_pixels(x)
+        is_product, kernels = has_few_pixels(x), find_kernels(x, x.dtype)
         small = [t for scale, shift, _, bias1, *_ in layers for t in (scale, shift, bias1)]
-        if {t.dtype for t in small} != {x.dtype}:  # autocast, for which one copy is as slow as all in one
+        if not kernels and {t.dtype for t in small} != {x.dtype}:  # autocast: all in one copy
             small = list(torch.cat(small).to(x.dtype).split([len(t) for t in small]))
-        for i, (_, _, weight1, _, weight2, se) in enumerate(layers):
-            scale, shift, bias1 = small[3 * i:3 * i + 3]
-            y = affine_relu(pixels.narrow(1, 0, end), scale, shift)
-            if is_product:
-                y = relu_(torch.mm(y, weight1.flatten(1).t()).add_(bias1))
-                y = y.view(batch_size, height, width, len(bias1)).permute(0, 3, 1, 2)
-            else:
-                y = relu_(F.conv2d(y.view(batch_size, height, width, end).permute(0, 3, 1, 2), weight1, bias1))
-            y = F.conv2d(y, weight2, None, 1, 1)
-            if se is not None:
-                shape = y.shape
-                y = se(y)
-                if y.shape != shape:
-                    raise ValueError(f'An attention made features of {tuple(y.shape)} of those of {tuple(shape)}.')
-            new[i].copy_(y)
-            end += growth[i]
+        with torch.cuda.device_of(x):  # where kernels are launched
+            for i, (_, _, weight1, _, weight2, se) in enumerate(layers):
+                scale, shift, bias1 = small[3 * i:3 * i + 3]
+                if kernels:
+                    y = kernels.affine_conv(buffer[:, :end], scale, shift, weight1, bias1)
+                else:
+                    y = affine_relu(pixels.narrow(1, 0, end), scale, shift)
+                    if is_product:
+                        y = relu_(torch.mm(y, weight1.flatten(1).t()).add_(bias1))
+                        y = y.view(batch_size, height, width, len(bias1)).permute(0, 3, 1, 2)
+                    else:
+                        y = y.view(batch_size, height, width, end).permute(0, 3, 1, 2)
+                        y = relu_(F.conv2d(y, weight1, bias1))
+                y = F.conv2d(y, weight2, None, 1, 1)
+                if se is not None:
+                    shape = y.shape
+                    y = se(y)
+                    if y.shape != shape:
+                        raise ValueError(f'An attention made features of {tuple(y.shape)} of those of {tuple(shape)}.')
+                new[i].copy_(y)
+                end += growth[i]
         return buffer
 
 

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.variable import Variable
 
 from .plain import has_autocast
-from .pointwise import affine_relu, conv1x1, conv1x1_backward, relu_, relu_backward_
+from .pointwise import affine_relu, conv1x1, conv1x1_backward, find_kernels, relu_, relu_backward_
 
 __all__ = ['normalise', 'restore', 'run']
 
@@ -87,6 +87,22 @@ def _update_running_stats(norm: Any, mean: torch.Tensor, var: torch.Tensor) -> N
         norm.running_var.lerp_(var.to(norm.running_var.dtype), factor)
 
 
+def _update_all_running_stats(updates: List[Tuple[Any, torch.Tensor, torch.Tensor]]) -> None:
+    """Update many norms at once."""
+    norms, means, variances = map(list, zip(*updates, strict=True))
+    momenta = {norm.momentum for norm in norms}
+    momentum = momenta.pop()
+    if momenta or momentum is None:
+        for update in updates:
+            _update_running_stats(*update)
+        return
+    with torch.no_grad():
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        for running, batch in ((
+                [norm.running_mean for norm in norms], means), ([norm.running_var for norm in norms], variances)):
+            torch._foreach_lerp_(running, [b.to(r.dtype) for r, b in zip(running, batch, strict=True)], momentum)
+
+
 def _after_conv2(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if hasattr(layer, 'se'):
         x = layer.se(x)
@@ -136,6 +152,8 @@ def _run_compiled(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, poo
 
 # Eager: functions that share the buffer of normalised features.
 
+_Stats = Tuple[torch.Tensor, ...]
+
 
 class _Features:
     """The normalised features of one pass through a block, and, in backward, the gradients with respect to them.
@@ -146,15 +164,15 @@ class _Features:
     counts, and can be moved, as saved tensors are.
     """
 
-    def __init__(self, x: torch.Tensor, channels: int, eps: float) -> None:
-        dtype = torch.get_autocast_dtype(x.device.type) if has_autocast(x) else x.dtype
-        dtype = x.dtype if x.dtype == torch.float64 else dtype
+    def __init__(self, x: torch.Tensor, dtype: torch.dtype, channels: int, eps: float) -> None:
         stats = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
         shape = (x.shape[0], channels, *x.shape[2:])
         self.x_hat: Any = torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
-        self.mean = torch.zeros(channels, dtype=stats, device=x.device)
-        self.var = torch.zeros_like(self.mean)  # unbiased
-        self.invstd = torch.zeros_like(self.mean)
+        # Mean, unbiased variance, 1 / std and, for kernels, the scale and the shift that normalise.
+        self.stats = torch.zeros((5, channels), dtype=stats, device=x.device)
+        self.mean, self.var, self.invstd = self.stats[:3]
+        self.zero = x.new_zeros(())  # what tokens and their gradients are
+        self.updates: List[Tuple[Any, torch.Tensor, torch.Tensor]] = []  # norms, means and variances
         self.eps = eps
         self.filled = 0
         self.grad: Any = None
@@ -163,22 +181,29 @@ class _Features:
     def append(self, x: torch.Tensor) -> slice:
         """Normalise new features (B, C, H, W) into the buffer; give the channels that they have there."""
         channels = slice(self.filled, self.filled + x.shape[1])
+        self.normalise(x, channels)
+        self.filled = channels.stop
+        return channels
+
+    def normalise(self, x: torch.Tensor, channels: slice) -> None:
         # With a momentum of 1, the running statistics are the batch's.
         x_hat, _, invstd = torch.native_batch_norm(
             x, None, None, self.mean[channels], self.var[channels], True, 1., self.eps)
         self.x_hat[:, channels] = x_hat
         self.invstd[channels] = invstd
-        self.filled = channels.stop
-        return channels
 
     def append_backward(self, channels: slice) -> torch.Tensor:
         """Give the gradient of the features that were appended as these channels."""
+        grad = self.normalise_backward(channels)
+        if channels.start == 0:  # the last to need them
+            self.release()
+        return grad
+
+    def normalise_backward(self, channels: slice) -> torch.Tensor:
         # Dense copies of the slices: the fused kernel needs them.
         x_hat, grad = (t[:, channels].contiguous(memory_format=torch.channels_last) for t in (self.x_hat, self.grad))
         # x_hat has mean 0 and variance 1 already; the scale that made it goes in as the weight.
         grad_x, _, _ = self._norm_backward(grad, x_hat, self.invstd[channels], [True, False, False])
-        if channels.start == 0:  # the last to need them
-            self.release()
         return grad_x
 
     def _norm_backward(
@@ -202,6 +227,73 @@ class _Features:
     def release(self) -> None:
         self.x_hat = self.grad = self.scratch = None
 
+    def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scratch is None:
+            self.scratch = torch.empty(self.x_hat.numel(), dtype=x.dtype, device=x.device)
+        b, c, h, w = x.shape
+        return self.scratch[:x.numel()].view(b, h, w, c).permute(0, 3, 1, 2)
+
+    def bottleneck(self, channels: int, params: Any, norm: Any) -> Tuple[torch.Tensor, _Stats, torch.Tensor]:
+        """Compute a layer's bottleneck of the first channels.
+
+        Args:
+            channels: How many.
+            params: The layer's (weight1, bias1, conv1).
+            norm: The layer's second norm, whose running statistics are updated.
+
+        Returns:
+            The bottleneck, its statistics, and relu(norm(bottleneck)).
+        """
+        weight1, bias1, conv1 = params
+        x = conv1x1(self.read(channels, weight1, bias1, scratch=True), conv1)
+        norm.num_batches_tracked.add_(1)
+        momentum = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        out, mean, invstd = torch.native_batch_norm(
+            x, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, momentum, norm.eps)
+        scale = norm.weight * invstd
+        return x, (mean, invstd, scale, norm.bias - mean * scale), relu_(out)
+
+    def activate(self, x: torch.Tensor, stats: _Stats) -> torch.Tensor:
+        """Compute relu(norm(x)) again."""
+        _, _, scale, shift = stats
+        return affine_relu(x, _channels(scale, x.dtype), _channels(shift, x.dtype))
+
+    def bottleneck_backward(
+            self,
+            grad: torch.Tensor,
+            channels: int,
+            params: Any,
+            x: torch.Tensor,
+            stats: _Stats,
+            out: torch.Tensor,
+            norm: Any,
+            needs_conv1: bool,
+    ) -> Any:
+        """Add the gradient of a layer's bottleneck to the features'.
+
+        Args:
+            grad: Gradient of `out`, which is changed in place.
+            channels: How many of the features the bottleneck reads.
+            params: The layer's (weight1, bias1, conv1, weight2).
+            x: The bottleneck.
+            stats: Its statistics.
+            out: What `activate` gave.
+            norm: The second norm.
+            needs_conv1: Whether conv1's gradient is asked for.
+
+        Returns:
+            Gradients of weight1, bias1, conv1, weight2 and bias2.
+        """
+        weight1, bias1, conv1, weight2 = params
+        mean, invstd, _, _ = stats
+        relu_backward_(grad, out)
+        grad, grad_weight2, grad_bias2 = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight2, None, None, mean, invstd, True, norm.eps, [True, True, True])
+        out = self.read(channels, weight1, bias1, scratch=True)
+        grad, grad_conv1 = conv1x1_backward(grad, out, conv1, needs_conv1)
+        grad_weight1, grad_bias1 = self.add_grad(grad, weight1, bias1, out)
+        return grad_weight1, grad_bias1, grad_conv1, grad_weight2, grad_bias2
+
     def read(self, channels: int, weight: torch.Tensor, bias: torch.Tensor, scratch: bool) -> torch.Tensor:
         """Compute relu(weight * x_hat + bias) for the first channels, where asked in memory that is used again."""
         x_hat = self.x_hat[:, :channels]
@@ -209,12 +301,6 @@ class _Features:
         out = self._scratch_like(x_hat) if scratch else torch.empty(
             x_hat.shape, dtype=dtype, device=x_hat.device, memory_format=torch.channels_last)
         return affine_relu(x_hat, _channels(weight, dtype), _channels(bias, dtype), out)
-
-    def _scratch_like(self, x: torch.Tensor) -> torch.Tensor:
-        if self.scratch is None:
-            self.scratch = torch.empty(self.x_hat.numel(), dtype=x.dtype, device=x.device)
-        b, c, h, w = x.shape
-        return self.scratch[:x.numel()].view(b, h, w, c).permute(0, 3, 1, 2)
 
     def add_grad(self, grad: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor) -> Any:
         """Add the gradient of `out`, which `read` gave, to the features'; give weight's and bias's.
@@ -238,6 +324,82 @@ class _Features:
             self.grad[:, :channels].addcmul_(grad, scale)
         return grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
+    def tail(self, weight: torch.Tensor, bias: torch.Tensor, pool: bool) -> torch.Tensor:
+        """Compute relu(weight * x_hat + bias) for all channels, averaged over 2x2 pixels if asked."""
+        out = self.read(self.filled, weight, bias, scratch=pool)
+        return F.avg_pool2d(out, 2) if pool else out
+
+    def tail_backward(self, grad: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pool: bool) -> Any:
+        """Start the features' gradients with that of `tail`; give weight's and bias's."""
+        out = self.read(self.filled, weight, bias, scratch=True)
+        if pool:
+            grad = torch.ops.aten.avg_pool2d_backward(
+                grad.contiguous(memory_format=torch.channels_last), out, [2, 2], [2, 2], [0, 0], False, True, None)
+        else:
+            grad = grad.clone(memory_format=torch.channels_last)
+        return self.add_grad(grad, weight, bias, out)
+
+
+class _KernelFeatures(_Features):
+    """The same by kernels."""
+
+    def __init__(self, x: torch.Tensor, dtype: torch.dtype, channels: int, eps: float, kernels: Any) -> None:
+        super().__init__(x, dtype, channels, eps)
+        self.kernels = kernels
+        self.grad_sums: Any = None  # over pixels, of grad and of grad * x_hat (2, C)
+
+    def normalise(self, x: torch.Tensor, channels: slice) -> None:
+        x = x.contiguous(memory_format=torch.channels_last)
+        self.kernels.normalise(x, self.eps, self.x_hat[:, channels], self.stats[:, channels])
+
+    def normalise_backward(self, channels: slice) -> torch.Tensor:
+        return self.kernels.normalise_backward(
+            self.grad[:, channels], self.x_hat[:, channels], self.stats[:, channels], self.grad_sums[:, channels])
+
+    def start_backward(self, x_hat: torch.Tensor, grad: Optional[torch.Tensor]) -> None:
+        super().start_backward(x_hat, grad)
+        self.grad_sums = torch.zeros_like(self.stats[:2])
+
+    def bottleneck(self, channels: int, params: Any, norm: Any) -> Tuple[torch.Tensor, _Stats, torch.Tensor]:
+        x, stats = self.kernels.affine_conv_norm(
+            self.x_hat[:, :channels], *params, norm.weight, norm.bias, norm.eps)
+        self.updates.append((norm, stats[0], stats[1]))
+        return x, (stats,), self.activate(x, (stats,))
+
+    def activate(self, x: torch.Tensor, stats: _Stats) -> torch.Tensor:
+        return self.kernels.affine(x, stats[0][3], stats[0][4], torch.empty_like(x))
+
+    def bottleneck_backward(
+            self,
+            grad: torch.Tensor,
+            channels: int,
+            params: Any,
+            x: torch.Tensor,
+            stats: _Stats,
+            out: torch.Tensor,
+            norm: Any,
+            needs_conv1: bool,
+    ) -> Any:
+        weight1, bias1, conv1, _ = params
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad, grad_weight2, grad_bias2 = self.kernels.norm_relu_backward(grad, x, stats[0])
+        # The next to append backward is the layer that appended the last of these channels.
+        grad_weight1, grad_bias1, grad_conv1, self.grad_sums = self.kernels.affine_conv_backward(
+            grad, self.x_hat[:, :channels], weight1, bias1, conv1, self.grad)
+        return grad_weight1, grad_bias1, grad_conv1, grad_weight2, grad_bias2
+
+    def tail(self, weight: torch.Tensor, bias: torch.Tensor, pool: bool) -> torch.Tensor:
+        b, c, h, w = self.x_hat.shape
+        out = torch.empty((b, c, h // 2, w // 2) if pool else (b, c, h, w), dtype=self.x_hat.dtype,
+                          device=self.x_hat.device, memory_format=torch.channels_last)
+        return self.kernels.affine(self.x_hat, weight, bias, out, pool=pool)
+
+    def tail_backward(self, grad: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pool: bool) -> Any:
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        self.grad, grad_weight, grad_bias = self.kernels.affine_backward(grad, self.x_hat, weight, bias, pool)
+        self.grad_sums = torch.stack([grad_bias, grad_weight]) * weight
+        return grad_weight, grad_bias
+
 
 def _channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype).view(-1, 1, 1)
@@ -254,7 +416,7 @@ class _Append(Function):
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor, x: torch.Tensor, features: _Features) -> torch.Tensor:
         ctx.features, ctx.dtype, ctx.appended = features, x.dtype, features.append(x)
-        return token.new_zeros(())
+        return features.zero.detach()
 
     @staticmethod
     @once_differentiable
@@ -274,46 +436,36 @@ class _Layer(Function):
             token: torch.Tensor,
             features: _Features,
             layer: Any,
+            copies: Tuple[torch.Tensor, torch.Tensor, torch.Tensor],
             appends: bool,
             *params: torch.Tensor,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        weight1, bias1, conv1, weight2, bias2, conv2 = params
-        channels, dtype = features.filled, features.x_hat.dtype
-        conv1, conv2 = conv1.to(dtype), conv2.to(dtype)
-        _update_running_stats(layer.norm1, features.mean[:channels], features.var[:channels])
-        bottleneck = conv1x1(features.read(channels, weight1, bias1, scratch=True), conv1)
-        norm2 = layer.norm2
-        norm2.num_batches_tracked.add_(1)
-        momentum = 1 / float(norm2.num_batches_tracked) if norm2.momentum is None else norm2.momentum
-        out, mean, invstd = torch.native_batch_norm(
-            bottleneck, weight2, bias2, norm2.running_mean, norm2.running_var, True, momentum, norm2.eps)
-        out = F.conv2d(relu_(out), conv2, None, 1, 1)
+        weight1, _, _, weight2, _, _ = params
+        channels = features.filled
+        bias1, conv1, conv2 = copies
+        features.updates.append((layer.norm1, features.mean[:channels], features.var[:channels]))
+        bottleneck, stats, out = features.bottleneck(channels, (weight1, bias1, conv1), layer.norm2)
+        out = F.conv2d(out, conv2, None, 1, 1)
         ctx.appended = features.append(out) if appends else None
-        ctx.save_for_backward(weight1, _copy(bias1), conv1, weight2, _copy(bias2), conv2, bottleneck, mean, invstd)
+        ctx.save_for_backward(weight1, bias1, conv1, weight2, conv2, bottleneck, *stats)
         ctx.features, ctx.layer, ctx.channels = features, layer, channels
         ctx.set_materialize_grads(False)
-        return token.new_zeros(()), out
+        return features.zero.detach(), out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_token: Optional[torch.Tensor], grad: Any) -> Any:
-        weight1, bias1, conv1, weight2, bias2, conv2, bottleneck, mean, invstd = ctx.saved_tensors
+        weight1, bias1, conv1, weight2, conv2, bottleneck, *stats = ctx.saved_tensors
         features, needs = ctx.features, ctx.needs_input_grad
         if ctx.appended is not None:
             grad_appended = features.append_backward(ctx.appended)
             grad = grad_appended if grad is None else grad + grad_appended
-        scale, dtype = weight2 * invstd, bottleneck.dtype
-        out = affine_relu(bottleneck, _channels(scale, dtype), _channels(bias2 - mean * scale, dtype))
+        out = features.activate(bottleneck, stats)
         grad, grad_conv2, _ = torch.ops.aten.convolution_backward(
-            grad, out, conv2, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, needs[9], False])
-        relu_backward_(grad, out)
-        grad, grad_weight2, grad_bias2 = torch.ops.aten.native_batch_norm_backward(
-            grad, bottleneck, weight2, None, None, mean, invstd, True, ctx.layer.norm2.eps, [True, needs[7], needs[8]])
-        out = features.read(ctx.channels, weight1, bias1, scratch=True)
-        grad, grad_conv1 = conv1x1_backward(grad, out, conv1, needs[6])
-        grad_weight1, grad_bias1 = features.add_grad(grad, weight1, bias1, out)
-        grads = grad_weight1, grad_bias1, grad_conv1, grad_weight2, grad_bias2, grad_conv2
-        return grad.new_zeros(()), None, None, None, *grads
+            grad, out, conv2, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, needs[10], False])
+        grads = features.bottleneck_backward(
+            grad, ctx.channels, (weight1, bias1, conv1, weight2), bottleneck, stats, out, ctx.layer.norm2, needs[7])
+        return features.zero, None, None, None, None, *grads, grad_conv2
 
 
 class _Tail(Function):
@@ -329,9 +481,8 @@ class _Tail(Function):
             weight: torch.Tensor,
             bias: torch.Tensor,
     ) -> torch.Tensor:
-        _update_running_stats(norm, features.mean, features.var)
-        out = features.read(features.filled, weight, bias, scratch=pool)
-        out = F.avg_pool2d(out, 2) if pool else out
+        features.updates.append((norm, features.mean, features.var))
+        out = features.tail(weight, bias, pool)
         ctx.save_for_backward(features.x_hat, weight, _copy(bias))
         ctx.features, ctx.pool = features, pool
         features.release()
@@ -343,13 +494,7 @@ class _Tail(Function):
         features = ctx.features
         x_hat, weight, bias = ctx.saved_tensors
         features.start_backward(x_hat, None)
-        out = features.read(features.filled, weight, bias, scratch=True)
-        if ctx.pool:
-            grad = torch.ops.aten.avg_pool2d_backward(
-                grad.contiguous(memory_format=torch.channels_last), out, [2, 2], [2, 2], [0, 0], False, True, None)
-        else:
-            grad = grad.clone(memory_format=torch.channels_last)
-        return grad.new_zeros(()), None, None, None, *features.add_grad(grad, weight, bias, out)
+        return features.zero, None, None, None, *features.tail_backward(grad, weight, bias, ctx.pool)
 
 
 class _Close(Function):
@@ -367,18 +512,52 @@ class _Close(Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x_hat, = ctx.saved_tensors
         ctx.features.start_backward(x_hat, torch.zeros_like(x_hat))
-        return grad.new_zeros(()), grad, None
+        return ctx.features.zero, grad, None
+
+
+def _copies(layers: List[Any], dtype: torch.dtype) -> Any:
+    """Copy what each layer reads of its first norm's bias and its convolutions, all layers at once.
+
+    Biases, as a plain batch norm does not need its bias in backward, so it may change until then. Weights where they
+    are of another type.
+    """
+    biases = [layer.norm1.bias for layer in layers]
+    biases = list(torch.cat(biases).split([len(bias) for bias in biases])) if layers else []
+    weights = [conv.weight for layer in layers for conv in (layer.conv1, layer.conv2)]
+    if any(weight.dtype != dtype for weight in weights):
+        casts = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(casts, weights)
+        weights = casts
+    return list(zip(biases, weights[::2], weights[1::2], strict=True))
+
+
+def _start(layers: List[Any], x: torch.Tensor, eps: float) -> _Features:
+    dtype = torch.get_autocast_dtype(x.device.type) if has_autocast(x) and x.dtype != torch.float64 else x.dtype
+    channels = x.shape[1] + sum(layer.conv2.out_channels for layer in layers)
+    kernels = find_kernels(x, dtype)
+    if kernels and all(layer.conv1.out_channels <= kernels.MOST_OUTPUTS for layer in layers):
+        return _KernelFeatures(x, dtype, channels, eps, kernels)
+    return _Features(x, dtype, channels, eps)
 
 
 def _run_eager(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, pool: bool) -> torch.Tensor:
-    channels = x.shape[1] + sum(layer.conv2.out_channels for layer in layers)
-    features = _Features(x, channels, eps)
+    with torch.cuda.device_of(x):  # where kernels are launched; in backward, autograd sees to it
+        features = _start(layers, x, eps)
+        out = _apply(features, layers, x, tail, pool)
+        _update_all_running_stats(features.updates)
+    features.updates = []
+    return out
+
+
+def _apply(features: _Features, layers: List[Any], x: torch.Tensor, tail: Any, pool: bool) -> torch.Tensor:
+    with torch.no_grad():
+        copies = _copies(layers, features.x_hat.dtype)
     outputs = [x]
     token = _Append.apply(x.new_zeros(()), x, features)
-    for layer in layers:
+    for layer, copied in zip(layers, copies, strict=True):
         appends = not hasattr(layer, 'se') and layer.drop_rate == 0
         token, new_features = _Layer.apply(
-            token, features, layer, appends, layer.norm1.weight, layer.norm1.bias, layer.conv1.weight,
+            token, features, layer, copied, appends, layer.norm1.weight, layer.norm1.bias, layer.conv1.weight,
             layer.norm2.weight, layer.norm2.bias, layer.conv2.weight)
         if not appends:
             new_features = _after_conv2(layer, new_features)

@@ -1,10 +1,11 @@
-"""Pointwise passes over feature maps, 1x1 convolutions among them."""
-from typing import Optional, Tuple
+"""Pointwise passes over feature maps, 1x1 convolutions among them, and which way to compute them is the quickest."""
+import functools
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
-__all__ = ['affine_relu', 'conv1x1', 'conv1x1_backward', 'has_few_pixels', 'relu_', 'relu_backward_']
+__all__ = ['affine_relu', 'conv1x1', 'conv1x1_backward', 'find_kernels', 'has_few_pixels', 'relu_', 'relu_backward_']
 
 # Minus infinity read as an integer. Above it, among the negative integers, are the negative NaNs alone.
 _MINUS_INFINITY = {torch.bfloat16: -128, torch.float16: -1024}
@@ -74,6 +75,27 @@ def has_few_pixels(x: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():  # which has its own ways, for any number of pixels
         return False
     return x.is_cpu and x.shape[0] * x.shape[2] * x.shape[3] <= 512
+
+
+def find_kernels(x: torch.Tensor, dtype: torch.dtype) -> Any:
+    """Give the module of kernels where they are known to be faster than operators, else None.
+
+    Args:
+        x: Features.
+        dtype: What they are computed in.
+    """
+    return _import_kernels(x.get_device()) if x.is_cuda and dtype in _MINUS_INFINITY and x.numel() else None
+
+
+@functools.lru_cache(maxsize=None)
+def _import_kernels(device: int) -> Any:
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):  # Hopper's, as measured
+        return None
+    try:
+        from . import kernels
+    except ImportError:  # Triton's, which comes with torch for Linux
+        return None
+    return kernels
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

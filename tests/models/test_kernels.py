@@ -1,0 +1,135 @@
+"""Kernels for GPUs against torch in float64: on a GPU where there is one, else in Triton's interpreter."""
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative_error
+from nets import CHANNELS_LAST, create, images, pair, step, trained
+from timm.models import reparameterize_model
+
+from timm_densese import SE_PLACEMENTS
+from timm_densese.models import fused, linear_memory
+
+pytest.importorskip('triton')
+DEVICE = os.environ.get('DEVICE') or ('cuda' if torch.cuda.is_available() else 'cpu')
+# The interpreter multiplies no matrices of bfloat16.
+DTYPES = [torch.float16, torch.bfloat16] if DEVICE == 'cuda' else [torch.float32, torch.float16]
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+# Images, height, width, channels of the buffer, channels, outputs.
+SHAPES = [(2, 14, 14, 96, 64, 128), (3, 7, 9, 50, 37, 16), (1, 5, 4, 240, 144, 192)]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    from timm_densese.models import kernels
+
+    for user in (fused, linear_memory):
+        monkeypatch.setattr(user, 'find_kernels', lambda x, dtype: kernels)
+    return kernels
+
+
+def maps(n, channels, height, width, dtype):
+    x = torch.randn(n, channels, height, width, device=DEVICE) + torch.randn(channels, 1, 1, device=DEVICE)
+    return x.to(dtype).to(memory_format=CHANNELS_LAST)
+
+
+def exact(*tensors):
+    return [t.double().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('dtype', DTYPES)
+class TestKernels:
+    @pytest.mark.parametrize('pool', [False, True])
+    def test_affine(self, kernels, dtype, shape, pool):
+        n, h, w, width, channels, _ = shape
+        x = maps(n, width, h, w, dtype)[:, :channels]
+        scale, shift = torch.randn(2, channels, device=DEVICE)
+        inputs = exact(x, scale, shift)
+        expected = (inputs[0] * inputs[1][:, None, None] + inputs[2][:, None, None]).relu()
+        expected = F.avg_pool2d(expected, 2) if pool else expected
+        out = maps(*expected.shape, dtype)
+        kernels.affine(x, scale, shift, out, pool=pool)
+        assert relative_error(out, expected) < TOLERANCES[dtype]
+        grad = torch.randn_like(out)
+        expected.backward(grad.double())
+        for ours, theirs in zip(kernels.affine_backward(grad, x, scale, shift, pool), inputs, strict=True):
+            assert relative_error(ours, theirs.grad) < TOLERANCES[dtype]
+
+    def test_normalise(self, kernels, dtype, shape):
+        n, h, w, width, channels, _ = shape
+        x, buffer, grad = (maps(n, width, h, w, dtype) for _ in range(3))
+        x, channels = x[:, :channels].contiguous(memory_format=CHANNELS_LAST), slice(5, 5 + channels)
+        stats = torch.zeros(5, width, device=DEVICE)
+        untouched = buffer[:, channels.stop:].clone()
+        kernels.normalise(x, 1e-5, buffer[:, channels], stats[:, channels])
+        inputs, = exact(x)
+        expected = F.batch_norm(inputs, None, None, training=True, eps=1e-5)
+        x_hat, grad = buffer[:, channels], grad[:, channels]
+        assert relative_error(x_hat, expected) < TOLERANCES[dtype]
+        assert torch.equal(buffer[:, channels.stop:], untouched)
+        mean, var, invstd, *_ = stats[:, channels]
+        assert relative_error(mean, inputs.mean((0, 2, 3))) < 1e-5
+        assert relative_error(var, inputs.var((0, 2, 3))) < 1e-5
+        assert relative_error(invstd, (inputs.var((0, 2, 3), unbiased=False) + 1e-5).rsqrt()) < 1e-5
+        expected.backward(grad.double())
+        sums = torch.stack([grad.float().sum((0, 2, 3)), (grad.float() * x_hat.float()).sum((0, 2, 3))])
+        ours = kernels.normalise_backward(grad, x_hat, stats[:, channels], sums)
+        assert relative_error(ours, inputs.grad) < TOLERANCES[dtype]
+
+    def test_convolution(self, kernels, dtype, shape):
+        n, h, w, width, channels, outputs = shape
+        x, total = (maps(n, width, h, w, dtype) for _ in range(2))
+        x = x[:, :channels]
+        scale, shift = torch.randn(2, channels, device=DEVICE)
+        weight = (torch.randn(outputs, channels, 1, 1, device=DEVICE) / channels ** .5).to(dtype)
+        norm_weight, norm_bias = torch.randn(2, outputs, device=DEVICE)
+        out, stats = kernels.affine_conv_norm(x, scale, shift, weight, norm_weight, norm_bias, 1e-5)
+        inputs = exact(x, scale, shift, weight)
+        expected = F.conv2d((inputs[0] * inputs[1][:, None, None] + inputs[2][:, None, None]).relu(), inputs[3])
+        assert relative_error(out, expected) < TOLERANCES[dtype]
+        with_bias = kernels.affine_conv(x, scale, shift, weight, norm_bias)
+        assert relative_error(with_bias, (expected + norm_bias[:, None, None]).relu()) < TOLERANCES[dtype]
+
+        values, norm_weights, norm_biases = exact(out, norm_weight, norm_bias)
+        activated = F.batch_norm(values, None, None, norm_weights, norm_biases, True, eps=1e-5).relu()
+        assert relative_error(kernels.affine(out, stats[3], stats[4], torch.empty_like(out)), activated) < \
+            TOLERANCES[dtype]
+        grad = torch.randn_like(out)
+        activated.backward(grad.double())
+        grads = kernels.norm_relu_backward(grad, out, stats)
+        for ours, theirs in zip(grads, (values, norm_weights, norm_biases), strict=True):
+            assert relative_error(ours, theirs.grad) < TOLERANCES[dtype]
+
+        expected.backward(grad.double())
+        total_before = total.double()
+        *grads, sums = kernels.affine_conv_backward(grad, x, scale, shift, weight, total)
+        for ours, theirs in zip(grads, inputs[1:], strict=True):
+            assert relative_error(ours, theirs.grad) < TOLERANCES[dtype]
+        assert relative_error(total[:, :channels], total_before[:, :channels] + inputs[0].grad) < TOLERANCES[dtype]
+        assert torch.equal(total[:, channels:].double(), total_before[:, channels:])
+        after = total_before[:, :channels] + inputs[0].grad
+        assert relative_error(sums, torch.stack([after.sum((0, 2, 3)), (after * x).sum((0, 2, 3))])) < \
+            TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize('placement', SE_PLACEMENTS)
+def test_a_step_by_kernels_is_the_plain_one(kernels, placement):
+    """With an odd size that the last transition cuts, and a layer that drops features, which appends them later."""
+    plain, linear = (m.to(DEVICE) for m in pair(create(dtype=torch.float32, se_placement=placement)))
+    x = images(dtype=torch.float32).to(DEVICE)
+    out, grads, buffers = step(linear, x)
+    expected, expected_grads, expected_buffers = step(plain, x)
+    assert relative_error(out, expected) < 1e-5
+    for name, grad in expected_grads.items():
+        assert relative_error(grads[name], grad) < 2e-2, name
+    for name, buffer in expected_buffers.items():
+        assert relative_error(buffers[name].double(), buffer.double()) < 1e-5, name
+
+
+def test_fused_by_kernels(kernels):
+    model, x = trained().to(DEVICE), images(2, dtype=torch.float32).to(DEVICE)
+    fused_model = reparameterize_model(model)
+    with torch.inference_mode():
+        assert relative_error(fused_model(x), model(x)) < (1e-2 if DEVICE == 'cuda' else 1e-5)
