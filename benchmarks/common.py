@@ -91,6 +91,22 @@ def ratio(seconds: dict[str, list[float]], base: str, name: str) -> tuple[float,
     return first, median, third
 
 
+def build_measured(*args: Any) -> tuple[Run, float | None]:
+    """Build what is timed and run it twice; gives it and what `peak_memory` gives, without building it again there."""
+    if not torch.cuda.is_available():
+        peak = peak_memory(*args)
+        run = build(*args)
+        run()
+        return run, peak
+    before = _in_use()
+    torch.cuda.reset_peak_memory_stats()
+    run = build(*args)
+    run()
+    run()
+    torch.cuda.synchronize()
+    return run, (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
 def peak_memory(*args: Any, limit: float | None = None) -> float | None:
     """Measure what `build(*args)` and its runs need at most, over what was in use before, in MB.
 
@@ -101,16 +117,10 @@ def peak_memory(*args: Any, limit: float | None = None) -> float | None:
         MemoryError: It needs more than `limit` GB, or than there is.
     """
     if torch.cuda.is_available():
-        before = _in_use()
-        torch.cuda.reset_peak_memory_stats()
         try:
-            run = build(*args)
-            run()
-            run()
-            torch.cuda.synchronize()
+            return build_measured(*args)[1]
         except torch.OutOfMemoryError as error:
             raise MemoryError(str(error)) from None
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
     if sys.platform != 'linux':
         return None
     context = _processes()
@@ -297,7 +307,12 @@ def build(kind: str, model: str, execution: str, dtype: str, batch_size: int, si
 
 def cudagraph(run: Run) -> Run:
     """Record a function's kernels once, to replay them without launching each."""
-    return record(run)[0].replay
+    graph, _ = record(run)
+
+    def replay(kept: Run = run) -> None:  # whose tensors the graph reads
+        graph.replay()
+
+    return replay
 
 
 def record(run: Run) -> tuple[torch.cuda.CUDAGraph, Any]:

@@ -12,6 +12,7 @@ measured, so that an interruption keeps what was measured. A step that fails is 
 that would begin after --minutes is left out, and recorded too.
 """
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -36,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 INFER = ('densenet121', 'se_densenet121', 'se_densenet121 fused', 'rdnet_tiny', 'seresnet50')
 TRAIN = ('densenet121', 'densenet121 checkpointing', 'se_densenet121', 'se_densenet121 linear memory', 'rdnet_tiny',
          'seresnet50')
+NAMES = {'infer': 'inference', 'train': 'training'}
 OURS = ('densenet121', 'se_densenet121 fused', 'se_densenet121 linear memory', 'densenet121 checkpointing')
 
 
@@ -70,10 +72,12 @@ class Steps:
 
 
 def run_tests(*options: str) -> str:
-    """Run the tests that are for a device, and give pytest's last line."""
+    """Run the tests that are for a device, several at a time where pytest-xdist is installed; gives the last line."""
+    if importlib.util.find_spec('xdist') and (os.cpu_count() or 1) > 8:
+        options = '--numprocesses', '8', *options
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/models/test_device.py', *options],
-        cwd=ROOT,
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/models/test_device.py',
+         'tests/models/test_kernels.py', *options], cwd=ROOT,
         env={**os.environ, 'DEVICE': device().type}, capture_output=True, text=True)
     last = result.stdout.strip().splitlines()[-1]
     if result.returncode:
@@ -93,6 +97,25 @@ def measure_bytes(size: int, batch_size: int) -> dict[str, dict[str, float | Non
         found[model] = {'saved': saved, 'peak': peak}
         print(f'    {model}: {saved:.1f} MB an image, {peak or 0:.0f} MB at batch {batch_size}')
     return found
+
+
+def compile_ahead(jobs: list[tuple[str, str, str, int]], size: int) -> str:
+    """Compile models in processes beside each other, for the caches on disk that later steps read.
+
+    Args:
+        jobs: Kind, model, execution and batch size of each.
+        size: Height and width of the images in pixels.
+    """
+    code = ('import json, sys; from pathlib import Path; from common import build; '
+            'kind, model, execution, batch_size, size = json.loads(sys.argv[1]); '
+            'build(kind, model, execution, "amp_bfloat16", batch_size, size, Path())()')
+    processes = [subprocess.Popen(
+        [sys.executable, '-c', code, json.dumps((*job, size))], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env={**os.environ, 'TORCHINDUCTOR_COMPILE_THREADS': '2'}) for job in jobs]
+    failed = [job for job, process in zip(jobs, processes, strict=True) if process.wait()]
+    if failed:
+        raise RuntimeError(f'could not compile {failed}')
+    return f'{len(jobs)} compiled'
 
 
 def measure_largest(bench: Bench, kind: str, models: tuple[str, ...], guess: int, limit: float | None,
@@ -124,14 +147,19 @@ def main() -> None:
     out = args.out or RESULTS / f'gpu-{name}{"-dry-run" if dry else ""}'
     out.mkdir(parents=True, exist_ok=True)
     size, batches = (32, (1, 2)) if dry else (224, (1, 64))
-    limit, guess, part = (.02, 64, 2) if dry else (None, 256, 16)
+    limit, guess, part = (.02, 64, 2) if dry else (None, 256, 4)
     if dry:
         os.environ['TINY_NETS'] = '1'
     steps, bench = Steps(out, args.minutes), Bench(out, size, .02 if dry else 2, 3 if dry else 10)
 
+    def sizes(kind: str, execution: str) -> tuple[int, ...]:
+        if dry:
+            return batches if (kind, execution) == ('infer', 'eager') else batches[-1:]
+        return batches if kind == 'infer' or execution == 'eager' else batches[-1:]  # who compiles trains larger ones
+
     def throughput(kind: str, execution: str, models: tuple[str, ...]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            for batch_size in batches[-1:] if dry and (kind, execution) != ('infer', 'eager') else batches:
+            for batch_size in sizes(kind, execution):
                 bench.group(kind, execution, 'amp_bfloat16', dict.fromkeys(models, batch_size), Path(folder))
         failed = [f'{row["model"]}, batch {row["batch"]}: {row["error"]}' for row in read(out)
                   if row['kind'] == kind and row['execution'] == execution and 'error' in row]
@@ -146,27 +174,39 @@ def main() -> None:
         return len(rows)
 
     def roof() -> dict[str, Any]:
-        ceilings, rows = roofline.measure(batches[-1], torch.bfloat16, size, quick=dry)
-        roofline.draw(rows, batches[-1], torch.bfloat16, out / 'roofline.png')
-        return {'ceilings': ceilings, 'rows': rows}
+        batch_size = 2 if dry else 256  # as the prediction
+        ceilings, rows = roofline.measure(batch_size, torch.bfloat16, size, quick=dry)
+        roofline.draw(rows, batch_size, torch.bfloat16, out / 'roofline.png')
+        return {'batch_size': batch_size, 'ceilings': ceilings, 'rows': rows}
 
     infer = tuple(model for model in OURS if not model.endswith(('memory', 'checkpointing')))
     train = tuple(model for model in OURS if not model.endswith('fused'))
     ours = slice(1, 2) if dry else slice(None)  # what takes long: in the dry run, one model of ours alone
+
+    def compile_all(execution: str, models: dict[str, tuple[str, ...]]) -> None:
+        jobs = [(kind, model, execution, batch_size) for kind in models for model in models[kind]
+                for batch_size in sizes(kind, execution)]
+        steps.run(f'compiling, {execution}', lambda: compile_ahead(jobs[:1 if dry else None], size))
+        for kind, title in NAMES.items():
+            if kind in models:
+                steps.run(f'{title}, {execution}', lambda kind=kind: throughput(kind, execution, models[kind]))
+
     try:
         steps.run('tests', lambda: run_tests(*(['-k', 'fused'] if dry else [])))
         steps.run('bytes', lambda: measure_bytes(size, batches[-1]))
-        steps.run('inference, eager', lambda: throughput('infer', 'eager', INFER))
-        steps.run('training, eager', lambda: throughput('train', 'eager', TRAIN))
+        for kind, models in (('infer', INFER), ('train', TRAIN)):
+            steps.run(f'{NAMES[kind]}, eager', lambda kind=kind, models=models: throughput(kind, 'eager', models))
+        for kind, models in (('infer', infer), ('train', train)) if device().type == 'cuda' else ():
+            steps.run(f'{NAMES[kind]}, CUDA graph',
+                      lambda kind=kind, models=models: throughput(kind, 'cudagraph', models))
         steps.run('cost of SE', lambda: cost_of_se(out))
         steps.run('roofline', roof)
+        compile_all('compile', {'infer': infer[ours], 'train': train[ours]})
         steps.run('largest batch, training', lambda: measure_largest(
             bench, 'train', train[ours], guess, limit, part))
         steps.run('largest batch, inference', lambda: measure_largest(
             bench, 'infer', infer[ours], guess, limit, part))
-        steps.run('inference, compile', lambda: throughput('infer', 'compile', infer[ours]))
-        steps.run('training, compile', lambda: throughput('train', 'compile', train[ours]))
-        steps.run('inference, max-autotune', lambda: throughput('infer', 'max-autotune', infer[ours]))
+        compile_all('max-autotune', {'infer': infer[ours]})
     except KeyboardInterrupt:
         sys.exit(f'Stopped. What was measured is in {out}.')
     finally:

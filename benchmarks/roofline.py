@@ -10,17 +10,22 @@ operators that only move bytes. The measured time is an interleaved median; its 
 """
 import argparse
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from common import RESULTS, create, device, images, interleave, medians, save, training_step
 from matplotlib.figure import Figure
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from timm_densese.models.pointwise import find_kernels
 
 KINDS = ('conv 3x3 and stem', 'conv 1x1', 'linear', 'norm', 'activation', 'concatenation', 'pool',
          'copies and pointwise')
@@ -112,8 +117,38 @@ def create_run(name: str, training: bool, batch_size: int, dtype: torch.dtype, s
     return torch.no_grad()(lambda: net(x))
 
 
+@contextmanager
+def counted_kernels(operators: list[tuple[str, float, float]]) -> Iterator[None]:
+    """Count our kernels too, which are no operators: their tensors, once each, and what they give."""
+    kernels = find_kernels(torch.empty(1, device=device()), torch.bfloat16)
+    depth = 0
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            depth += 1
+            out = function(*args, **kwargs)
+            depth -= 1
+            if not depth:  # else it is a part of another
+                moved = {t.data_ptr(): t.numel() * t.element_size() for t in tensors([*args, *tensors([out])])}
+                flops = 0.
+                if 'conv' in name:
+                    x, weight = (args[1], args[4]) if 'backward' in name else (args[0], args[3])
+                    flops = (4. if 'backward' in name else 2.) * x.numel() * len(weight)
+                operators.append(('conv 1x1' if 'conv' in name else 'norm', flops, sum(moved.values())))
+            return out
+
+        return run
+
+    with ExitStack() as stack:
+        for name in vars(kernels).get('__all__', ()) if kernels else ():
+            if callable(getattr(kernels, name)):
+                stack.enter_context(patch.object(kernels, name, counted(name, getattr(kernels, name))))
+        yield
+
+
 def count(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
-    with Counter() as counter:
+    with Counter() as counter, counted_kernels(counter.operators):
         run()
     return counter.operators
 
@@ -126,6 +161,10 @@ def profile_by_kind(run: Callable[[], Any]) -> dict[str, float]:
         run()
     found: dict[str, float] = defaultdict(float)
     for event in trace.key_averages(group_by_input_shape=True):
+        if event.device_type != DeviceType.CPU:  # a kernel, whose operator is counted, or ours, which has none
+            if event.key.startswith('_') and event.key.endswith('_kernel'):
+                found['conv 1x1' if 'conv' in event.key else 'norm'] += event.self_device_time_total / 1e3
+            continue
         if '::' not in event.key or event.key.startswith('autograd::'):
             continue
         shapes = [s for s in event.input_shapes if len(s) == 4]

@@ -33,7 +33,7 @@ from common import (
     RESULTS,
     Run,
     base,
-    build,
+    build_measured,
     create,
     device,
     first_line,
@@ -85,7 +85,7 @@ def largest_batch(kind: str, model: str, dtype: str, size: int, guess: int, limi
             try:
                 peak_memory(kind, model, 'eager', dtype, batch_size, size, Path(), limit=limit)
                 fits = batch_size
-            except MemoryError:
+            except (MemoryError, RuntimeError):  # or more elements than some operator counts
                 fails = batch_size
             progress.update()
     return fits
@@ -125,14 +125,7 @@ class Bench:
         """
         torch._dynamo.reset()  # or a frozen model would run the code of one that was compiled without freezing
         memory: dict[str, float | None] = {}
-        for model in sizes:  # first, on a GPU that nothing else fills
-            args = (kind, model, execution, dtype, sizes[model], self.size, folder)
-            with inductor_config.patch(freezing=execution == 'freezing'):
-                try:
-                    memory[model] = peak_memory(*args)
-                except Exception as error:  # a failing peer is a row, not the end
-                    self.write(kind, execution, dtype, model, sizes[model], batch, error=first_line(error))
-        left = list(memory)
+        left = list(sizes)
         ran: list[str] = []
         while left:
             later: list[str] = []
@@ -142,11 +135,10 @@ class Bench:
                 args = (kind, model, execution, dtype, sizes[model], self.size, folder)
                 try:
                     with inductor_config.patch(freezing=execution == 'freezing'):
-                        run = build(*args)
-                        run()
+                        run, memory[model] = build_measured(*args)
                     slowest = max(slowest, time_run(run))
                     runs[model] = run
-                except Exception as error:
+                except Exception as error:  # a failing peer is a row, not the end
                     if isinstance(error, torch.OutOfMemoryError) and runs:
                         later.append(model)
                     else:

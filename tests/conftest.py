@@ -36,16 +36,17 @@ os.environ['TORCHINDUCTOR_VEC_ISA_OK'] = '0'  # what is compiled has no vectors:
 # What a shell starts in the background ignores Ctrl-C, and so does all that it starts: the tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # before Triton is imported, for tests/models/test_kernels.py
+
 import forked  # noqa: E402
 import pytest  # noqa: E402
 import safetensors.torch  # noqa: E402
 import timm  # noqa: E402
-import torch  # noqa: E402
 import yaml  # noqa: E402
 from filelock import FileLock  # noqa: E402
-
-if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'  # before the first import of Triton, for tests/models/test_kernels.py
 
 import timm_densese  # noqa: E402, F401
 from timm_densese.cli import main  # noqa: E402
