@@ -77,8 +77,7 @@ class TestKernels:
         assert relative_error(var, inputs.var((0, 2, 3))) < 1e-5
         assert relative_error(invstd, (inputs.var((0, 2, 3), unbiased=False) + 1e-5).rsqrt()) < 1e-5
         expected.backward(grad.double())
-        sums = torch.stack([grad.float().sum((0, 2, 3)), (grad.float() * x_hat.float()).sum((0, 2, 3))])
-        ours = kernels.normalise_backward(grad, x_hat, stats[:, channels], sums)
+        ours = kernels.normalise_backward(grad, x_hat, stats[:, channels])
         assert relative_error(ours, inputs.grad) < TOLERANCES[dtype]
 
     def test_convolution(self, kernels, dtype, shape):
@@ -107,14 +106,11 @@ class TestKernels:
 
         expected.backward(grad.double())
         total_before = total.double()
-        *grads, sums = kernels.affine_conv_backward(grad, x, scale, shift, weight, total)
+        grads = kernels.affine_conv_backward(grad, x, scale, shift, weight, total)
         for ours, theirs in zip(grads, inputs[1:], strict=True):
             assert relative_error(ours, theirs.grad) < TOLERANCES[dtype]
         assert relative_error(total[:, :channels], total_before[:, :channels] + inputs[0].grad) < TOLERANCES[dtype]
         assert torch.equal(total[:, channels:].double(), total_before[:, channels:])
-        after = total_before[:, :channels] + inputs[0].grad
-        assert relative_error(sums, torch.stack([after.sum((0, 2, 3)), (after * x).sum((0, 2, 3))])) < \
-            TOLERANCES[dtype]
 
 
 @pytest.mark.skipif(DEVICE == 'cuda', reason='float32: test_device.py has steps in the types that kernels are for')

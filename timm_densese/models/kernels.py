@@ -144,14 +144,15 @@ def _load_grad(grad, x, stats, rows, columns, M, C, stride_grad, stride_x, strid
 
 @triton.jit
 def _grad_sums_kernel(grad, x, stats, partial, M, C, stride_grad, stride_x, stride_stats, rows_each,
-                      BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+                      ACTIVATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     split = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     products = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, rows_each, BLOCK_M):
         rows = split * rows_each + start + tl.arange(0, BLOCK_M)
-        g, x_hat = _load_grad(grad, x, stats, rows, columns, M, C, stride_grad, stride_x, stride_stats, True)
+        g, x_hat = _load_grad(
+            grad, x, stats, rows, columns, M, C, stride_grad, stride_x, stride_stats, ACTIVATED)
         sums += g
         products += g * x_hat
     tl.store(partial + split * 2 * C + columns, tl.sum(sums, 0), columns < C)
@@ -160,14 +161,14 @@ def _grad_sums_kernel(grad, x, stats, partial, M, C, stride_grad, stride_x, stri
 
 @triton.jit
 def _norm_backward_kernel(grad, x, stats, partial, sums, out, M, C, stride_grad, stride_x, stride_stats, stride_out,
-                          stride_partial, splits, rows_each, ACTIVATED: tl.constexpr, BLOCK_S: tl.constexpr,
-                          BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+                          splits, rows_each, ACTIVATED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
+                          BLOCK_C: tl.constexpr):
     split = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     parts = tl.arange(0, BLOCK_S)
-    first = tl.sum(_load(partial, parts, columns, splits, C, 2 * stride_partial), 0)
-    second = tl.sum(_load(partial + stride_partial, parts, columns, splits, C, 2 * stride_partial), 0)
-    if ACTIVATED and split == 0:
+    first = tl.sum(_load(partial, parts, columns, splits, C, 2 * C), 0)
+    second = tl.sum(_load(partial + C, parts, columns, splits, C, 2 * C), 0)
+    if split == 0:
         tl.store(sums + columns, first, columns < C)
         tl.store(sums + C + columns, second, columns < C)
     scale = _load_channels(stats + 3 * stride_stats, columns, C)
@@ -239,8 +240,6 @@ def _affine_conv_backward_kernel(grad, x, scale, shift, weight, total, partial, 
     grad_weight = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     sums = tl.zeros((BLOCK_C,), tl.float32)
     products = tl.zeros((BLOCK_C,), tl.float32)
-    total_sums = tl.zeros((BLOCK_C,), tl.float32)
-    total_products = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, rows_each, BLOCK_M):
         rows = split * rows_each + start + tl.arange(0, BLOCK_M)
         x_hat = _load(x, rows, columns, M, C, stride_x)
@@ -252,15 +251,11 @@ def _affine_conv_backward_kernel(grad, x, scale, shift, weight, total, partial, 
         sums += tl.sum(d, 0)
         products += tl.sum(d * x_hat, 0)
         y = d * a + _load(total, rows, columns, M, C, stride_total)
-        total_sums += tl.sum(y, 0)
-        total_products += tl.sum(y * x_hat, 0)
         _store(total, y, rows, columns, M, C, stride_total)
-    partial += split * (N + 4) * C
+    partial += split * (N + 2) * C
     tl.store(partial + outputs[:, None] * C + columns[None, :], grad_weight, of_weight)
     tl.store(partial + N * C + columns, sums, columns < C)
     tl.store(partial + (N + 1) * C + columns, products, columns < C)
-    tl.store(partial + (N + 2) * C + columns, total_sums, columns < C)
-    tl.store(partial + (N + 3) * C + columns, total_products, columns < C)
 
 
 # The fastest of those tried on an H200.
@@ -354,21 +349,9 @@ def _write_stats(
         BLOCK_S=min(512, _power_of_2(splits)), BLOCK_C=8)
 
 
-def normalise_backward(
-        grad: torch.Tensor,
-        x_hat: torch.Tensor,
-        stats: torch.Tensor,
-        sums: torch.Tensor,
-) -> torch.Tensor:
-    """Give the gradient of x from that of what `normalise` gave, x_hat.
-
-    Args:
-        grad: Gradient of x_hat.
-        x_hat: Normalised features.
-        stats: Their statistics.
-        sums: Sums over pixels of grad and of grad * x_hat (2, C).
-    """
-    return _norm_backward(grad, x_hat, stats, sums, 1, sums, False)
+def normalise_backward(grad: torch.Tensor, x_hat: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
+    """Give the gradient of x from that of what `normalise` gave, x_hat."""
+    return _norm_backward(grad, x_hat, stats, False)[0]
 
 
 def norm_relu_backward(
@@ -377,14 +360,7 @@ def norm_relu_backward(
         stats: torch.Tensor,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Give the gradients of x, weight and bias from that of relu(norm(x))."""
-    M, C, stride = _matrix(x)
-    block, tiles = _tiles(C)
-    each, splits = _split(M, _POINTWISE['BLOCK_M'], _MOST_SPLITS)
-    partial, sums = _float32(x, splits, 2, C), _float32(x, 2, C)
-    _grad_sums_kernel[splits, tiles](
-        grad, x, stats, partial, M, C, grad.stride(3), stride, stats.stride(0), each, BLOCK_C=block, **_POINTWISE)
-    grad_x = _norm_backward(grad, x, stats, partial, splits, sums, True)
-    grad_bias, grad_weight = sums
+    grad_x, (grad_bias, grad_weight) = _norm_backward(grad, x, stats, True)
     return grad_x, grad_weight, grad_bias
 
 
@@ -392,20 +368,21 @@ def _norm_backward(
         grad: torch.Tensor,
         x: torch.Tensor,
         stats: torch.Tensor,
-        partial: torch.Tensor,
-        splits: int,
-        sums: torch.Tensor,
         activated: bool,
-) -> torch.Tensor:
+) -> Tuple[torch.Tensor, torch.Tensor]:
     M, C, stride = _matrix(x)
     block, tiles = _tiles(C)
+    each, splits = _split(M, _POINTWISE['BLOCK_M'], _MOST_SPLITS)
+    partial, sums = _float32(x, splits, 2, C), _float32(x, 2, C)
+    _grad_sums_kernel[splits, tiles](
+        grad, x, stats, partial, M, C, grad.stride(3), stride, stats.stride(0), each, ACTIVATED=activated,
+        BLOCK_C=block, **_POINTWISE)
     each, programs = _split(M, _POINTWISE['BLOCK_M'], _ceil_div(_PROGRAMS, tiles))
     out = _empty(x.shape, x)
     _norm_backward_kernel[programs, tiles](
-        grad, x, stats, partial, sums, out, M, C, grad.stride(3), stride, stats.stride(0), out.stride(3),
-        partial.stride(-2), splits, each, ACTIVATED=activated, BLOCK_S=_power_of_2(splits), BLOCK_C=block,
-        **_POINTWISE)
-    return out
+        grad, x, stats, partial, sums, out, M, C, grad.stride(3), stride, stats.stride(0), out.stride(3), splits,
+        each, ACTIVATED=activated, BLOCK_S=_power_of_2(splits), BLOCK_C=block, **_POINTWISE)
+    return out, sums
 
 
 def affine_backward(
@@ -480,20 +457,15 @@ def affine_conv_backward(
         shift: torch.Tensor,
         weight: torch.Tensor,
         total: torch.Tensor,
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Add the gradient of x to `total`, from that of the convolution of `affine_conv_norm`.
-
-    Returns:
-        Gradients of scale, shift and the convolution's weight, and the sums over pixels of `total` and of total * x
-        (2, C).
-    """
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Add the gradient of x to `total`; give those of scale, shift and weight from that of the convolution's output."""
     M, C, stride = _matrix(x)
     N = weight.shape[0]
     tiles = _ceil_div(C, _CONV_BACKWARD['BLOCK_C'])
     each, splits = _split(M, _CONV_BACKWARD['BLOCK_M'], _ceil_div(_PROGRAMS_CONV_BACKWARD, tiles))
-    partial = _float32(x, splits, N + 4, C)
+    partial = _float32(x, splits, N + 2, C)
     _affine_conv_backward_kernel[tiles, splits](
         grad, x, scale, shift, weight, total, partial, M, C, N, stride, total.stride(3), each,
         BLOCK_N=_power_of_2(N), **_CONV_BACKWARD)
-    grad_weight, (grad_shift, grad_scale), sums = partial.sum(0).split([N, 2, 2])
-    return grad_scale, grad_shift, grad_weight.view_as(weight), sums
+    grad_weight, (grad_shift, grad_scale) = partial.sum(0).split([N, 2])
+    return grad_scale, grad_shift, grad_weight.view_as(weight)

@@ -346,7 +346,6 @@ class _KernelFeatures(_Features):
     def __init__(self, x: torch.Tensor, dtype: torch.dtype, channels: int, eps: float, kernels: Any) -> None:
         super().__init__(x, dtype, channels, eps)
         self.kernels = kernels
-        self.grad_sums: Any = None  # over pixels, of grad and of grad * x_hat (2, C)
 
     def normalise(self, x: torch.Tensor, channels: slice) -> None:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -354,11 +353,7 @@ class _KernelFeatures(_Features):
 
     def normalise_backward(self, channels: slice) -> torch.Tensor:
         return self.kernels.normalise_backward(
-            self.grad[:, channels], self.x_hat[:, channels], self.stats[:, channels], self.grad_sums[:, channels])
-
-    def start_backward(self, x_hat: torch.Tensor, grad: Optional[torch.Tensor]) -> None:
-        super().start_backward(x_hat, grad)
-        self.grad_sums = torch.zeros_like(self.stats[:2])
+            self.grad[:, channels], self.x_hat[:, channels], self.stats[:, channels])
 
     def bottleneck(self, channels: int, params: Any, norm: Any) -> Tuple[torch.Tensor, _Stats, torch.Tensor]:
         x, stats = self.kernels.affine_conv_norm(
@@ -383,8 +378,7 @@ class _KernelFeatures(_Features):
         weight1, bias1, conv1, _ = params
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad, grad_weight2, grad_bias2 = self.kernels.norm_relu_backward(grad, x, stats[0])
-        # The next to append backward is the layer that appended the last of these channels.
-        grad_weight1, grad_bias1, grad_conv1, self.grad_sums = self.kernels.affine_conv_backward(
+        grad_weight1, grad_bias1, grad_conv1 = self.kernels.affine_conv_backward(
             grad, self.x_hat[:, :channels], weight1, bias1, conv1, self.grad)
         return grad_weight1, grad_bias1, grad_conv1, grad_weight2, grad_bias2
 
@@ -397,7 +391,6 @@ class _KernelFeatures(_Features):
     def tail_backward(self, grad: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, pool: bool) -> Any:
         grad = grad.contiguous(memory_format=torch.channels_last)
         self.grad, grad_weight, grad_bias = self.kernels.affine_backward(grad, self.x_hat, weight, bias, pool)
-        self.grad_sums = torch.stack([grad_bias, grad_weight]) * weight
         return grad_weight, grad_bias
 
 
