@@ -2,14 +2,15 @@
 
 Tests on the device, bytes saved for backward, throughput of inference and training (ours, timm's, rdnet_tiny,
 seresnet50; eager, compile, max-autotune; bfloat16 autocast; batch 1, 64 and the largest), what SE costs, and time
-against the floor that the card's measured ceilings give. Not measured yet: no GPU was at hand.
+against the floor that the card's measured ceilings give. See docs/gpu.md for what was measured where.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --dry-run     # the same steps with tiny nets, on a CPU
 
 Results go to results/gpu-DEVICE/. Each step writes gpu.json when it ends, and each row of throughput when it is
 measured, so that an interruption keeps what was measured. A step that fails is recorded, and the next one runs; one
-that would begin after --minutes is left out, and recorded too.
+that would begin after --minutes is left out, and recorded too. What is measured is compiled before, several nets at a
+time, beside the tests.
 """
 import argparse
 import importlib.util
@@ -37,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 INFER = ('densenet121', 'se_densenet121', 'se_densenet121 fused', 'rdnet_tiny', 'seresnet50')
 TRAIN = ('densenet121', 'densenet121 checkpointing', 'se_densenet121', 'se_densenet121 linear memory', 'rdnet_tiny',
          'seresnet50')
+Job = tuple[str, str, str, int]
 NAMES = {'infer': 'inference', 'train': 'training'}
 OURS = ('densenet121', 'se_densenet121 fused', 'se_densenet121 linear memory', 'densenet121 checkpointing')
 
@@ -99,7 +101,7 @@ def measure_bytes(size: int, batch_size: int) -> dict[str, dict[str, float | Non
     return found
 
 
-def compile_ahead(jobs: list[tuple[str, str, str, int]], size: int) -> str:
+def start_compiling(jobs: list[Job], size: int) -> dict[Job, 'subprocess.Popen[bytes]']:
     """Compile models in processes beside each other, for the caches on disk that later steps read.
 
     Args:
@@ -109,13 +111,25 @@ def compile_ahead(jobs: list[tuple[str, str, str, int]], size: int) -> str:
     code = ('import json, sys; from pathlib import Path; from common import build; '
             'kind, model, execution, batch_size, size = json.loads(sys.argv[1]); '
             'build(kind, model, execution, "amp_bfloat16", batch_size, size, Path())()')
-    processes = [subprocess.Popen(
+    return {job: subprocess.Popen(
         [sys.executable, '-c', code, json.dumps((*job, size))], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env={**os.environ, 'TORCHINDUCTOR_COMPILE_THREADS': '2'}) for job in jobs]
-    failed = [job for job, process in zip(jobs, processes, strict=True) if process.wait()]
-    if failed:
-        raise RuntimeError(f'could not compile {failed}')
-    return f'{len(jobs)} compiled'
+        stderr=subprocess.DEVNULL, env={**os.environ, 'TORCHINDUCTOR_COMPILE_THREADS': '2'}) for job in jobs}
+
+
+def wait_for(processes: dict[Job, 'subprocess.Popen[bytes]'], end: float) -> str:
+    """Wait until all are compiled or a time on the monotonic clock has come, and end what is left then."""
+    missing = []
+    for job, process in processes.items():
+        try:
+            code = process.wait(max(0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        if code:
+            missing.append(' '.join(map(str, job)))
+    if missing:
+        raise RuntimeError(f'not compiled, or not in time: {", ".join(missing)}')
+    return f'{len(processes)} compiled'
 
 
 def measure_largest(bench: Bench, kind: str, models: tuple[str, ...], guess: int, limit: float | None,
@@ -137,7 +151,7 @@ def cost_of_se(out: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--dry-run', action='store_true', help='tiny images and batches, on whatever device there is')
-    parser.add_argument('--minutes', type=float, default=8, help='after these, no step begins')
+    parser.add_argument('--minutes', type=float, default=7, help='after these, no step begins')
     parser.add_argument('--out', type=Path, help='folder; default: results/gpu-DEVICE')
     args = parser.parse_args()
     if not args.dry_run and device().type != 'cuda':
@@ -183,16 +197,15 @@ def main() -> None:
     train = tuple(model for model in OURS if not model.endswith('fused'))
     ours = slice(1, 2) if dry else slice(None)  # what takes long: in the dry run, one model of ours alone
 
-    def compile_all(execution: str, models: dict[str, tuple[str, ...]]) -> None:
+    def start(execution: str, models: dict[str, tuple[str, ...]]) -> dict[Job, 'subprocess.Popen[bytes]']:
         jobs = [(kind, model, execution, batch_size) for kind in models for model in models[kind]
                 for batch_size in sizes(kind, execution)]
-        steps.run(f'compiling, {execution}', lambda: compile_ahead(jobs[:1 if dry else None], size))
-        for kind, title in NAMES.items():
-            if kind in models:
-                steps.run(f'{title}, {execution}', lambda kind=kind: throughput(kind, execution, models[kind]))
+        return start_compiling(jobs[:1 if dry else None], size)
 
+    compiling = start('compile', {'infer': infer[ours], 'train': train[ours]})  # beside the tests, which nobody times
     try:
         steps.run('tests', lambda: run_tests(*(['-k', 'fused'] if dry else [])))
+        steps.run('compiling', lambda: wait_for(compiling, steps.end))
         steps.run('bytes', lambda: measure_bytes(size, batches[-1]))
         for kind, models in (('infer', INFER), ('train', TRAIN)):
             steps.run(f'{NAMES[kind]}, eager', lambda kind=kind, models=models: throughput(kind, 'eager', models))
@@ -201,15 +214,21 @@ def main() -> None:
                       lambda kind=kind, models=models: throughput(kind, 'cudagraph', models))
         steps.run('cost of SE', lambda: cost_of_se(out))
         steps.run('roofline', roof)
-        compile_all('compile', {'infer': infer[ours], 'train': train[ours]})
+        for kind, models in (('infer', infer), ('train', train)):
+            steps.run(f'{NAMES[kind]}, compile',
+                      lambda kind=kind, models=models: throughput(kind, 'compile', models[ours]))
         steps.run('largest batch, training', lambda: measure_largest(
             bench, 'train', train[ours], guess, limit, part))
         steps.run('largest batch, inference', lambda: measure_largest(
             bench, 'infer', infer[ours], guess, limit, part))
-        compile_all('max-autotune', {'infer': infer[ours]})
+        steps.run('compiling, max-autotune', lambda: wait_for(
+            start('max-autotune', {'infer': infer[ours]}), steps.end))
+        steps.run('inference, max-autotune', lambda: throughput('infer', 'max-autotune', infer[ours]))
     except KeyboardInterrupt:
         sys.exit(f'Stopped. What was measured is in {out}.')
     finally:
+        for process in compiling.values():
+            process.kill()
         if read(out):
             steps.end = float('inf')
             steps.run('tables', tables)

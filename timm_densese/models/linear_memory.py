@@ -88,11 +88,11 @@ def _update_running_stats(norm: Any, mean: torch.Tensor, var: torch.Tensor) -> N
 
 
 def _update_all_running_stats(updates: List[Tuple[Any, torch.Tensor, torch.Tensor]]) -> None:
-    """Update many norms at once."""
+    """Update many norms at once, or one after another where they differ or one is there twice."""
     norms, means, variances = map(list, zip(*updates, strict=True))
     momenta = {norm.momentum for norm in norms}
     momentum = momenta.pop()
-    if momenta or momentum is None:
+    if momenta or momentum is None or len(set(norms)) < len(norms):
         for update in updates:
             _update_running_stats(*update)
         return
