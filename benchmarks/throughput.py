@@ -112,7 +112,7 @@ class Bench:
 
     def __init__(self, out: Path, size: int, seconds: float, fewest: int) -> None:
         self.out, self.size, self.seconds, self.fewest = out, size, seconds, fewest
-        command = shlex.join(['python', 'benchmarks/throughput.py', *sys.argv[1:]])
+        command = shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])
         self.machine = {**machine(), 'torchvision': torchvision.__version__, 'command': command}
         self.stats: dict[str, dict[str, float]] = {}
 

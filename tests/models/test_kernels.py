@@ -9,7 +9,7 @@ from nets import CHANNELS_LAST, create, images, pair, step, trained
 from timm.models import reparameterize_model
 
 from timm_densese import SE_PLACEMENTS
-from timm_densese.models import fused, linear_memory
+from timm_densese.models import fused, linear_memory, pointwise
 
 triton = pytest.importorskip('triton')
 DEVICE = os.environ.get('DEVICE') or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == 'cuda' else [torch.float32, torch.float16]
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 # Images, height, width, channels of the buffer, channels, outputs.
-SHAPES = [(2, 14, 14, 96, 64, 128), (3, 7, 9, 50, 37, 16), (1, 5, 4, 240, 144, 192)]
+SHAPES = [(2, 14, 14, 96, 64, 128), (3, 7, 9, 50, 37, 16), (1, 5, 4, 240, 144, 192), (5, 1, 1, 48, 32, 16),
+          (4, 3, 1, 48, 32, 16)]
 
 
 @pytest.fixture
@@ -41,12 +42,24 @@ def exact(*tensors):
     return [t.double().requires_grad_() for t in tensors]
 
 
+def test_kernels_that_do_not_run_step_aside(kernels, monkeypatch):
+    assert pointwise._try_kernels(torch.device(DEVICE)) is kernels
+
+    def affine(*args):
+        raise RuntimeError('Failed to find C compiler.\nPlease specify via CC')
+
+    monkeypatch.setattr(kernels, 'affine', affine)
+    with pytest.warns(UserWarning, match='do not run here: Failed to find C compiler'):
+        assert pointwise._try_kernels(torch.device(DEVICE)) is None
+
+
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('dtype', DTYPES)
 class TestKernels:
     @pytest.mark.parametrize('pool', [False, True])
     def test_affine(self, kernels, dtype, shape, pool):
         n, h, w, width, channels, _ = shape
+        pool = pool and min(h, w) > 1
         x = maps(n, width, h, w, dtype)[:, :channels]
         scale, shift = torch.randn(2, channels, device=DEVICE)
         inputs = exact(x, scale, shift)

@@ -283,7 +283,13 @@ def _power_of_2(n: int) -> int:
 def _matrix(x: torch.Tensor) -> Tuple[int, int, int]:
     """Pixels, channels, and how far apart the pixels are."""
     b, c, h, w = x.shape
-    return b * h * w, c, x.stride(3)
+    return b * h * w, c, _stride(x)
+
+
+def _stride(x: torch.Tensor) -> int:
+    """How far apart pixels are: the stride of the last dimension that has two, as any will do for one that has one."""
+    _, _, h, w = x.shape
+    return x.stride(3 if w > 1 else 2 if h > 1 else 0)
 
 
 def _tiles(C: int) -> Tuple[int, int]:
@@ -375,12 +381,12 @@ def _norm_backward(
     each, splits = _split(M, _POINTWISE['BLOCK_M'], _MOST_SPLITS)
     partial, sums = _float32(x, splits, 2, C), _float32(x, 2, C)
     _grad_sums_kernel[splits, tiles](
-        grad, x, stats, partial, M, C, grad.stride(3), stride, stats.stride(0), each, ACTIVATED=activated,
+        grad, x, stats, partial, M, C, _stride(grad), stride, stats.stride(0), each, ACTIVATED=activated,
         BLOCK_C=block, **_POINTWISE)
     each, programs = _split(M, _POINTWISE['BLOCK_M'], _ceil_div(_PROGRAMS, tiles))
     out = _empty(x.shape, x)
     _norm_backward_kernel[programs, tiles](
-        grad, x, stats, partial, sums, out, M, C, grad.stride(3), stride, stats.stride(0), out.stride(3), splits,
+        grad, x, stats, partial, sums, out, M, C, _stride(grad), stride, stats.stride(0), _stride(out), splits,
         each, ACTIVATED=activated, BLOCK_S=_power_of_2(splits), BLOCK_C=block, **_POINTWISE)
     return out, sums
 
@@ -399,7 +405,7 @@ def affine_backward(
     partial = _float32(x, splits, 2, C)
     out = torch.empty_like(x)
     _affine_backward_kernel[splits, tiles](
-        grad, x, scale, shift, out, partial, M, C, x.shape[2], x.shape[3], grad.stride(3), stride, out.stride(3),
+        grad, x, scale, shift, out, partial, M, C, x.shape[2], x.shape[3], _stride(grad), stride, _stride(out),
         each, POOL=pool, BLOCK_C=block, **_POINTWISE)
     grad_shift, grad_scale = partial.sum(0)
     return out, grad_scale, grad_shift
@@ -465,7 +471,7 @@ def affine_conv_backward(
     each, splits = _split(M, _CONV_BACKWARD['BLOCK_M'], _ceil_div(_PROGRAMS_CONV_BACKWARD, tiles))
     partial = _float32(x, splits, N + 2, C)
     _affine_conv_backward_kernel[tiles, splits](
-        grad, x, scale, shift, weight, total, partial, M, C, N, stride, total.stride(3), each,
+        grad, x, scale, shift, weight, total, partial, M, C, N, stride, _stride(total), each,
         BLOCK_N=_power_of_2(N), **_CONV_BACKWARD)
     grad_weight, (grad_shift, grad_scale) = partial.sum(0).split([N, 2])
     return grad_scale, grad_shift, grad_weight.view_as(weight)

@@ -1,5 +1,6 @@
 """Pointwise passes over feature maps, 1x1 convolutions among them, and which way to compute them is the quickest."""
 import functools
+import warnings
 from typing import Any, Optional, Tuple
 
 import torch
@@ -91,9 +92,21 @@ def find_kernels(x: torch.Tensor, dtype: torch.dtype) -> Any:
 def _import_kernels(device: int) -> Any:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):  # Hopper's, as measured
         return None
+    return _try_kernels(torch.device('cuda', device))
+
+
+def _try_kernels(device: torch.device) -> Any:
+    """Give the kernels if one runs here. Triton is not everywhere, and needs a C compiler at run time."""
+    x = torch.ones((1, 16, 1, 1), dtype=torch.float16, device=device)
+    ones = torch.ones(16, device=device)
     try:
         from . import kernels
-    except ImportError:  # Triton's, which comes with torch for Linux
+
+        with torch.cuda.device_of(x):
+            kernels.affine(x, ones, ones, torch.empty_like(x))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f'Dense blocks run without kernels for this GPU, as they do not run here: {reason}', stacklevel=2)
         return None
     return kernels
 
