@@ -287,9 +287,18 @@ def _matrix(x: torch.Tensor) -> Tuple[int, int, int]:
 
 
 def _stride(x: torch.Tensor) -> int:
-    """How far apart pixels are: the stride of the last dimension that has two, as any will do for one that has one."""
-    _, _, h, w = x.shape
-    return x.stride(3 if w > 1 else 2 if h > 1 else 0)
+    """How far apart pixels are.
+
+    Raises:
+        ValueError: It is not in channels_last, or the first channels of what is.
+    """
+    (b, c, h, w), strides = x.shape, x.stride()
+    # That of the last dimension that has two: where there is one, its stride may be anything.
+    stride = strides[3] if w > 1 else strides[2] if h > 1 else strides[0]
+    for n, found, expected in zip((b, c, h), strides, (h * w * stride, 1, w * stride), strict=False):
+        if n > 1 and found != expected:
+            raise ValueError(f'Kernels read features in channels_last, not those of strides {strides}.')
+    return stride
 
 
 def _tiles(C: int) -> Tuple[int, int]:

@@ -218,9 +218,9 @@ class _Features:
         return torch.ops.aten.native_batch_norm_backward(
             grad, x_hat, weight, None, None, zeros, ones, True, self.eps, mask)
 
-    def start_backward(self, x_hat: torch.Tensor, grad: Optional[torch.Tensor]) -> None:
+    def start_backward(self, x_hat: torch.Tensor) -> None:
         """Take the buffer for a backward pass, at whose end all is given back, wherever it ends."""
-        self.x_hat, self.grad = x_hat, grad
+        self.x_hat, self.grad = x_hat, None
         self.zeros, self.ones = torch.zeros_like(self.mean), torch.ones_like(self.mean)
         Variable._execution_engine.queue_callback(self.release)  # type: ignore[attr-defined]
 
@@ -351,6 +351,10 @@ class _KernelFeatures(_Features):
         x = x.contiguous(memory_format=torch.channels_last)
         self.kernels.normalise(x, self.eps, self.x_hat[:, channels], self.stats[:, channels])
 
+    def start_backward(self, x_hat: torch.Tensor) -> None:
+        # Hooks on saved tensors may give them back in another layout.
+        super().start_backward(x_hat.contiguous(memory_format=torch.channels_last))
+
     def normalise_backward(self, channels: slice) -> torch.Tensor:
         return self.kernels.normalise_backward(
             self.grad[:, channels], self.x_hat[:, channels], self.stats[:, channels])
@@ -362,6 +366,7 @@ class _KernelFeatures(_Features):
         return x, (stats,), self.activate(x, (stats,))
 
     def activate(self, x: torch.Tensor, stats: _Stats) -> torch.Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # as hooks may not give it
         return self.kernels.affine(x, stats[0][3], stats[0][4], torch.empty_like(x))
 
     def bottleneck_backward(
@@ -376,7 +381,7 @@ class _KernelFeatures(_Features):
             needs_conv1: bool,
     ) -> Any:
         weight1, bias1, conv1, _ = params
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
         grad, grad_weight2, grad_bias2 = self.kernels.norm_relu_backward(grad, x, stats[0])
         grad_weight1, grad_bias1, grad_conv1 = self.kernels.affine_conv_backward(
             grad, self.x_hat[:, :channels], weight1, bias1, conv1, self.grad)
@@ -486,7 +491,7 @@ class _Tail(Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         features = ctx.features
         x_hat, weight, bias = ctx.saved_tensors
-        features.start_backward(x_hat, None)
+        features.start_backward(x_hat)
         return features.zero, None, None, None, *features.tail_backward(grad, weight, bias, ctx.pool)
 
 
@@ -504,8 +509,10 @@ class _Close(Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x_hat, = ctx.saved_tensors
-        ctx.features.start_backward(x_hat, torch.zeros_like(x_hat))
-        return ctx.features.zero, grad, None
+        features = ctx.features
+        features.start_backward(x_hat)
+        features.grad = torch.zeros_like(features.x_hat)
+        return features.zero, grad, None
 
 
 def _copies(layers: List[Any], dtype: torch.dtype) -> Any:
