@@ -180,9 +180,13 @@ def two_processes(*args, function=forked.command, stdout=os.devnull) -> None:
                TORCHELASTIC_USE_AGENT_STORE='True')
     processes = [start_alone(function, *args, RANK=str(rank), LOCAL_RANK=str(rank), **env,
                              stdout=stdout if stdout == os.devnull else f'{stdout}{rank}') for rank in range(2)]
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    try:
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == 0
+    finally:
+        for process in processes:  # one that hangs would keep pytest from ending
+            process.kill()
 
 
 def wait_for_checkpoints(process: multiprocessing.Process, folder: Path, changes: int = 1) -> None:
