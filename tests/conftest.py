@@ -38,7 +38,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():
+if os.environ.get('DEVICE') == 'cpu' or not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'  # before Triton is imported, for tests/models/test_kernels.py
 
 import forked  # noqa: E402

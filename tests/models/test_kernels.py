@@ -22,8 +22,10 @@ pytestmark = pytest.mark.skipif(
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == 'cuda' else [torch.float32, torch.float16]
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 # Images, height, width, channels of the buffer, channels, outputs.
-SHAPES = [(2, 14, 14, 96, 64, 128), (3, 7, 9, 50, 37, 16), (1, 5, 4, 240, 144, 192), (5, 1, 1, 48, 32, 16),
+SHAPES = [(2, 14, 14, 96, 64, 128), (3, 7, 9, 50, 37, 8), (1, 5, 4, 240, 144, 192), (5, 1, 1, 48, 32, 16),
           (4, 3, 1, 48, 32, 16)]
+# As many programs as there are, or so few that each goes through several blocks of rows.
+PROGRAMS = [{}, {'_PROGRAMS': 2, '_PROGRAMS_CONV_BACKWARD': 3, '_MOST_SPLITS': 2, '_MOST_STATS': 2}]
 
 
 @pytest.fixture
@@ -55,6 +57,13 @@ def test_kernels_that_do_not_run_step_aside(kernels, monkeypatch):
         assert pointwise._try_kernels(torch.device(DEVICE)) is None
 
 
+@pytest.fixture(params=PROGRAMS, ids=['many programs', 'few'])
+def programs(request, kernels, monkeypatch):
+    for name, number in request.param.items():
+        monkeypatch.setattr(kernels, name, number)
+
+
+@pytest.mark.usefixtures('programs')
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('dtype', DTYPES)
 class TestKernels:
@@ -155,6 +164,15 @@ def test_saved_tensors_come_back_in_another_layout(kernels):
     """As from torch.autograd.graph.save_on_cpu(pin_memory=True)."""
     check_step(create(dtype=torch.float32, se_placement='stage', block_config=(1, 2)),
                torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().contiguous(), lambda t: t))
+
+
+def test_weights_that_are_cut_from_others(kernels):
+    x = maps(2, 32, 5, 5, torch.float16)
+    weight, scale = torch.randn(16, 64, 1, 1, device=DEVICE).half() / 6, torch.randn(64, device=DEVICE)
+    ours = kernels.affine_conv_norm(x, scale[::2], scale[1::2], weight[:, ::2], scale[:32:2], scale[1:32:2], 1e-5)
+    theirs = kernels.affine_conv_norm(x, *(t.clone().contiguous() for t in (
+        scale[::2], scale[1::2], weight[:, ::2], scale[:32:2], scale[1:32:2])), 1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_other_layouts_are_refused(kernels):

@@ -91,7 +91,7 @@ class NormConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # As a batch norm: ONNX Runtime runs it faster than a product and a sum. Some versions of torch want an eps
-        # above 0. With this one, the variance makes exactly 1.
+        # above 0. With this one, the variance makes 1.
         eps = 2. ** -20
         mean, var = torch.zeros_like(self.shift), torch.full_like(self.scale, 1. - eps)
         x = F.batch_norm(x, mean, var, self.scale, self.shift, False, 0., eps)

@@ -1,8 +1,7 @@
-"""Triton kernels for dense blocks on a GPU: each reads a feature map once, where operators would read it again.
+"""Triton kernels for dense blocks on a GPU, which read feature maps less often than operators do.
 
-A feature map (B, C, H, W) in channels_last is a matrix of pixels and channels, whose rows may be apart: the first
-channels of a wider map. Norms and sums compute in float32. Sums are added in an order that does not change, so a step
-gives the same numbers each time.
+A feature map (B, C, H, W) in channels_last is a matrix of pixels and channels, whose rows may be apart: some channels
+of a wider map. Norms and sums compute in float32, and sums are added in an order that does not change.
 
 Statistics of C channels are a tensor (5, C) of float32: mean, unbiased variance, 1 / std, and the scale and the shift
 that make of x what the norm makes of it.
@@ -136,7 +135,7 @@ def _load_grad(grad, x, stats, rows, columns, M, C, stride_grad, stride_x, strid
     x_hat = _load(x, rows, columns, M, C, stride_x)
     if ACTIVATED:  # else x is normalised already
         scale = _load_channels(stats + 3 * stride_stats, columns, C)
-        g = tl.where(x_hat * scale + _load_channels(stats + 4 * stride_stats, columns, C) > 0, g, 0)
+        g = tl.where(x_hat * scale + _load_channels(stats + 4 * stride_stats, columns, C) <= 0, 0, g)
         invstd = _load_channels(stats + 2 * stride_stats, columns, C)
         x_hat = (x_hat - _load_channels(stats, columns, C)) * invstd
     return g, x_hat
@@ -196,7 +195,7 @@ def _affine_backward_kernel(grad, x, scale, shift, out, partial, M, C, H, W, str
             g = _load(grad, tl.where((rows < M) & belongs, pooled, M), columns, M, C, stride_grad) * .25
         else:
             g = _load(grad, rows, columns, M, C, stride_grad)
-        g = tl.where(x_hat * a + b > 0, g, 0)
+        g = tl.where(x_hat * a + b <= 0, 0, g)
         sums += g
         products += g * x_hat
         _store(out, g * a, rows, columns, M, C, stride_out)
@@ -206,7 +205,7 @@ def _affine_backward_kernel(grad, x, scale, shift, out, partial, M, C, H, W, str
 
 @triton.jit
 def _affine_conv_kernel(x, scale, shift, weight, bias, out, partial, M, C, N, stride, BIAS: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+                        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     outputs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -230,7 +229,7 @@ def _affine_conv_kernel(x, scale, shift, weight, bias, out, partial, M, C, N, st
 
 @triton.jit
 def _affine_conv_backward_kernel(grad, x, scale, shift, weight, total, partial, M, C, N, stride_x, stride_total,
-                               rows_each, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+                                 rows_each, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     columns = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # neighbours read the same gradient
     split = tl.program_id(1).to(tl.int64)
     outputs = tl.arange(0, BLOCK_N)
@@ -245,9 +244,8 @@ def _affine_conv_backward_kernel(grad, x, scale, shift, weight, total, partial, 
         x_hat = _load(x, rows, columns, M, C, stride_x)
         g = tl.load(grad + rows[:, None] * N + outputs[None, :], (rows < M)[:, None] & (outputs < N)[None, :], 0)
         y = x_hat * a + b
-        active = y > 0
-        grad_weight = tl.dot(tl.trans(g), tl.where(active, y, 0).to(g.dtype), grad_weight)
-        d = tl.where(active, tl.dot(g, w), 0)
+        grad_weight = tl.dot(tl.trans(g), _relu(tl.where((rows < M)[:, None], y, 0)).to(g.dtype), grad_weight)
+        d = tl.where(y <= 0, 0, tl.dot(g, w))
         sums += tl.sum(d, 0)
         products += tl.sum(d * x_hat, 0)
         y = d * a + _load(total, rows, columns, M, C, stride_total)
@@ -265,6 +263,7 @@ _POINTWISE = {'BLOCK_M': 64, 'num_warps': 4}
 _PROGRAMS = 528
 _PROGRAMS_CONV_BACKWARD = 264
 _MOST_SPLITS = 128  # of sums that other programs add up
+_MOST_STATS = 512  # that a program reads at a time
 MOST_OUTPUTS = 256  # of a convolution, whose backward pass holds its weights' gradients in registers
 
 
@@ -290,7 +289,7 @@ def _stride(x: torch.Tensor) -> int:
     """How far apart pixels are.
 
     Raises:
-        ValueError: It is not in channels_last, or the first channels of what is.
+        ValueError: It is not in channels_last, or some channels of what is.
     """
     (b, c, h, w), strides = x.shape, x.stride()
     # That of the last dimension that has two: where there is one, its stride may be anything.
@@ -313,6 +312,11 @@ def _split(M: int, block: int, most: int) -> Tuple[int, int]:
     return each, _ceil_div(M, each)
 
 
+def _dense(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """Give weights, which people cut from others, such that kernels can read them."""
+    return x if x is None else x.flatten(1).contiguous() if x.ndim > 1 else x.contiguous()
+
+
 def _empty(shape: Any, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
@@ -333,8 +337,8 @@ def affine(
     (_, C, stride), (M, _, stride_out) = _matrix(x), _matrix(out)
     block, tiles = _tiles(C)
     _affine_kernel[_ceil_div(M, _POINTWISE['BLOCK_M']), tiles](
-        x, scale, shift, out, M, C, x.shape[2], x.shape[3], stride, stride_out, RELU=relu, POOL=pool, BLOCK_C=block,
-        **_POINTWISE)
+        x, _dense(scale), _dense(shift), out, M, C, x.shape[2], x.shape[3], stride, stride_out, RELU=relu, POOL=pool,
+        BLOCK_C=block, **_POINTWISE)
     return out
 
 
@@ -360,8 +364,8 @@ def _write_stats(
 ) -> None:
     splits, _, C = partial.shape
     _stats_kernel[(_ceil_div(C, 8),)](
-        partial, weight, bias, stats, M, C, stats.stride(0), each, splits, eps, AFFINE=weight is not None,
-        BLOCK_S=min(512, _power_of_2(splits)), BLOCK_C=8)
+        partial, _dense(weight), _dense(bias), stats, M, C, stats.stride(0), each, splits, eps,
+        AFFINE=weight is not None, BLOCK_S=min(_MOST_STATS, _power_of_2(splits)), BLOCK_C=8)
 
 
 def normalise_backward(grad: torch.Tensor, x_hat: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
@@ -414,8 +418,8 @@ def affine_backward(
     partial = _float32(x, splits, 2, C)
     out = torch.empty_like(x)
     _affine_backward_kernel[splits, tiles](
-        grad, x, scale, shift, out, partial, M, C, x.shape[2], x.shape[3], _stride(grad), stride, _stride(out),
-        each, POOL=pool, BLOCK_C=block, **_POINTWISE)
+        grad, x, _dense(scale), _dense(shift), out, partial, M, C, x.shape[2], x.shape[3], _stride(grad), stride,
+        _stride(out), each, POOL=pool, BLOCK_C=block, **_POINTWISE)
     grad_shift, grad_scale = partial.sum(0)
     return out, grad_scale, grad_shift
 
@@ -456,12 +460,13 @@ def _affine_conv(
 ) -> Tuple[torch.Tensor, Any]:
     M, C, stride = _matrix(x)
     N = weight.shape[0]
-    block = min(128, _power_of_2(N))
+    block = min(128, max(16, _power_of_2(N)))
     out = _empty((x.shape[0], N, *x.shape[2:]), x)
     blocks = _ceil_div(M, _CONV['BLOCK_M'])
     partial = _float32(x, blocks, 2, N) if bias is None else None
     _affine_conv_kernel[blocks, _ceil_div(N, block)](
-        x, scale, shift, weight, bias, out, partial, M, C, N, stride, BIAS=bias is not None, BLOCK_N=block, **_CONV)
+        x, _dense(scale), _dense(shift), _dense(weight), _dense(bias), out, partial, M, C, N, stride,
+        BIAS=bias is not None, BLOCK_N=block, **_CONV)
     return out, partial
 
 
@@ -480,7 +485,7 @@ def affine_conv_backward(
     each, splits = _split(M, _CONV_BACKWARD['BLOCK_M'], _ceil_div(_PROGRAMS_CONV_BACKWARD, tiles))
     partial = _float32(x, splits, N + 2, C)
     _affine_conv_backward_kernel[tiles, splits](
-        grad, x, scale, shift, weight, total, partial, M, C, N, stride, _stride(total), each,
-        BLOCK_N=_power_of_2(N), **_CONV_BACKWARD)
+        grad, x, _dense(scale), _dense(shift), _dense(weight), total, partial, M, C, N, stride, _stride(total), each,
+        BLOCK_N=max(16, _power_of_2(N)), **_CONV_BACKWARD)
     grad_weight, (grad_shift, grad_scale) = partial.sum(0).split([N, 2])
     return grad_scale, grad_shift, grad_weight.view_as(weight)

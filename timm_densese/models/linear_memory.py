@@ -272,7 +272,7 @@ class _Features:
         """Add the gradient of a layer's bottleneck to the features'.
 
         Args:
-            grad: Gradient of `out`, which is changed in place.
+            grad: Gradient of `out`, which may be changed in place.
             channels: How many of the features the bottleneck reads.
             params: The layer's (weight1, bias1, conv1, weight2).
             x: The bottleneck.
@@ -403,11 +403,6 @@ def _channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype).view(-1, 1, 1)
 
 
-def _copy(bias: torch.Tensor) -> torch.Tensor:
-    """Copy a bias: a plain batch norm does not need it in backward, so it may change until then."""
-    return bias.clone()
-
-
 class _Append(Function):
     """Normalise new features (B, C, H, W) into the buffer; makes a token."""
 
@@ -481,7 +476,7 @@ class _Tail(Function):
     ) -> torch.Tensor:
         features.updates.append((norm, features.mean, features.var))
         out = features.tail(weight, bias, pool)
-        ctx.save_for_backward(features.x_hat, weight, _copy(bias))
+        ctx.save_for_backward(features.x_hat, weight, bias.clone())  # as it may change, see _copies
         ctx.features, ctx.pool = features, pool
         features.release()
         return out
