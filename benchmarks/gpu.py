@@ -10,7 +10,7 @@ against the floor that the card's measured ceilings give. See docs/gpu.md for wh
 Results go to results/gpu-DEVICE/. Each step writes gpu.json when it ends, and each row of throughput when it is
 measured, so that an interruption keeps what was measured. A step that fails is recorded, and the next one runs; one
 that would begin after --minutes is left out, and recorded too. What is measured is compiled before, several nets at a
-time, beside the tests.
+time, beside the tests; what could not be compiled in time is not measured.
 """
 import argparse
 import importlib.util
@@ -80,7 +80,7 @@ def run_tests(*options: str) -> str:
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/models/test_device.py',
          'tests/models/test_kernels.py', *options], cwd=ROOT,
-        env={**os.environ, 'DEVICE': device().type}, capture_output=True, text=True)
+        env={**os.environ, 'DEVICE': device().type}, capture_output=True, text=True, timeout=180)
     last = result.stdout.strip().splitlines()[-1]
     if result.returncode:
         failed = re.findall(r'^FAILED .*', result.stdout, re.MULTILINE)
@@ -101,35 +101,37 @@ def measure_bytes(size: int, batch_size: int) -> dict[str, dict[str, float | Non
     return found
 
 
-def start_compiling(jobs: list[Job], size: int) -> dict[Job, 'subprocess.Popen[bytes]']:
-    """Compile models in processes beside each other, for the caches on disk that later steps read.
+class Compiling:
+    """Compiles models in processes of their own, for the caches on disk that later steps read.
 
     Args:
         jobs: Kind, model, execution and batch size of each.
         size: Height and width of the images in pixels.
     """
-    code = ('import json, sys; from pathlib import Path; from common import build; '
+
+    CODE = ('import json, sys; from pathlib import Path; from common import build; '
             'kind, model, execution, batch_size, size = json.loads(sys.argv[1]); '
             'build(kind, model, execution, "amp_bfloat16", batch_size, size, Path())()')
-    return {job: subprocess.Popen(
-        [sys.executable, '-c', code, json.dumps((*job, size))], cwd=Path(__file__).parent, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env={**os.environ, 'TORCHINDUCTOR_COMPILE_THREADS': '2'}) for job in jobs}
 
+    def __init__(self, jobs: list[Job], size: int) -> None:
+        self.processes = {job: subprocess.Popen(
+            [sys.executable, '-c', self.CODE, json.dumps((*job, size))], cwd=Path(__file__).parent,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={**os.environ, 'TORCHINDUCTOR_COMPILE_THREADS': '2'}) for job in jobs}
 
-def wait_for(processes: dict[Job, 'subprocess.Popen[bytes]'], end: float) -> str:
-    """Wait until all are compiled or a time on the monotonic clock has come, and end what is left then."""
-    missing = []
-    for job, process in processes.items():
-        try:
-            code = process.wait(max(0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    def wait(self, end: float) -> str:
+        """Wait until all are compiled or a time on the monotonic clock has come, and end what is left then."""
+        while time.monotonic() < end and any(process.poll() is None for process in self.processes.values()):
+            time.sleep(.1)
+        self.kill()
+        missing = [' '.join(map(str, job)) for job, process in self.processes.items() if process.wait()]
+        if missing:
+            raise RuntimeError(f'not compiled, or not in time: {", ".join(missing)}')
+        return f'{len(self.processes)} compiled'
+
+    def kill(self) -> None:
+        for process in self.processes.values():
             process.kill()
-            code = process.wait()
-        if code:
-            missing.append(' '.join(map(str, job)))
-    if missing:
-        raise RuntimeError(f'not compiled, or not in time: {", ".join(missing)}')
-    return f'{len(processes)} compiled'
 
 
 def measure_largest(bench: Bench, kind: str, models: tuple[str, ...], guess: int, limit: float | None,
@@ -197,15 +199,18 @@ def main() -> None:
     train = tuple(model for model in OURS if not model.endswith('fused'))
     ours = slice(1, 2) if dry else slice(None)  # what takes long: in the dry run, one model of ours alone
 
-    def start(execution: str, models: dict[str, tuple[str, ...]]) -> dict[Job, 'subprocess.Popen[bytes]']:
-        jobs = [(kind, model, execution, batch_size) for kind in models for model in models[kind]
-                for batch_size in sizes(kind, execution)]
-        return start_compiling(jobs[:1 if dry else None], size)
+    def jobs(execution: str, models: dict[str, tuple[str, ...]]) -> list[Job]:
+        return [(kind, model, execution, batch_size) for kind in models for model in models[kind]
+                for batch_size in sizes(kind, execution)][:1 if dry else None]
 
-    compiling = start('compile', {'infer': infer[ours], 'train': train[ours]})  # beside the tests, which nobody times
+    def left_out(name: str) -> bool:
+        return 'result' not in steps.record['steps'][name]
+
+    compiling = Compiling([], size)
     try:
-        steps.run('tests', lambda: run_tests(*(['-k', 'fused'] if dry else [])))
-        steps.run('compiling', lambda: wait_for(compiling, steps.end))
+        compiling = Compiling(jobs('compile', {'infer': infer[ours], 'train': train[ours]}), size)
+        steps.run('tests', lambda: run_tests(*(['-k', 'fused'] if dry else [])))  # which nobody times, beside it
+        steps.run('compiling', lambda: compiling.wait(min(steps.end, time.monotonic() + 120)))
         steps.run('bytes', lambda: measure_bytes(size, batches[-1]))
         for kind, models in (('infer', INFER), ('train', TRAIN)):
             steps.run(f'{NAMES[kind]}, eager', lambda kind=kind, models=models: throughput(kind, 'eager', models))
@@ -214,28 +219,31 @@ def main() -> None:
                       lambda kind=kind, models=models: throughput(kind, 'cudagraph', models))
         steps.run('cost of SE', lambda: cost_of_se(out))
         steps.run('roofline', roof)
-        for kind, models in (('infer', infer), ('train', train)):
+        for kind, models in () if left_out('compiling') else (('infer', infer), ('train', train)):
             steps.run(f'{NAMES[kind]}, compile',
                       lambda kind=kind, models=models: throughput(kind, 'compile', models[ours]))
         steps.run('largest batch, training', lambda: measure_largest(
             bench, 'train', train[ours], guess, limit, part))
         steps.run('largest batch, inference', lambda: measure_largest(
             bench, 'infer', infer[ours], guess, limit, part))
-        steps.run('compiling, max-autotune', lambda: wait_for(
-            start('max-autotune', {'infer': infer[ours]}), steps.end))
-        steps.run('inference, max-autotune', lambda: throughput('infer', 'max-autotune', infer[ours]))
+        for job in jobs('max-autotune', {'infer': infer[ours]}):  # one after another, as they time kernels
+            compiling = Compiling([job], size)
+            steps.run(f'compiling, max-autotune, {job[1]}, batch {job[3]}',
+                      lambda compiling=compiling: compiling.wait(steps.end))
+        if not any(left_out(name) for name in steps.record['steps'] if 'compiling, max' in name):
+            steps.run('inference, max-autotune', lambda: throughput('infer', 'max-autotune', infer[ours]))
     except KeyboardInterrupt:
         sys.exit(f'Stopped. What was measured is in {out}.')
     finally:
-        for process in compiling.values():
-            process.kill()
+        compiling.kill()
         if read(out):
             steps.end = float('inf')
             steps.run('tables', tables)
     failed = [name for name, record in steps.record['steps'].items() if 'error' in record]
     if failed:
         sys.exit(f'Failed: {", ".join(failed)}. Why is in {out / "gpu.json"}.')
-    print(f'All steps ended; see {out}.')
+    late = [name for name, record in steps.record['steps'].items() if 'left_out' in record]
+    print(f'See {out}. No time was left for: {", ".join(late)}.' if late else f'All steps ended; see {out}.')
 
 
 if __name__ == '__main__':

@@ -130,12 +130,16 @@ def counted_kernels(operators: list[tuple[str, float, float]]) -> Iterator[None]
             out = function(*args, **kwargs)
             depth -= 1
             if not depth:  # else it is a part of another
-                moved = {t.data_ptr(): t.numel() * t.element_size() for t in tensors([*args, *tensors([out])])}
+                read = tensors(list(args))
                 flops = 0.
-                if 'conv' in name:
-                    x, weight = (args[1], args[4]) if 'backward' in name else (args[0], args[3])
-                    flops = (4. if 'backward' in name else 2.) * x.numel() * len(weight)
-                operators.append(('conv 1x1' if 'conv' in name else 'norm', flops, sum(moved.values())))
+                if name == 'affine_conv_backward':  # reads and writes as much of the last as it reads of x
+                    flops = 4. * args[1].numel() * len(args[4])
+                    read[-1:] = [args[1]] * 2
+                elif 'conv' in name:
+                    flops = 2. * args[0].numel() * len(args[3])
+                written = [t for t in tensors([out]) if all(t is not other for other in read)]
+                size = sum(t.numel() * t.element_size() for t in [*read, *written])
+                operators.append(('conv 1x1' if 'conv' in name else 'norm', flops, size))
             return out
 
         return run

@@ -85,8 +85,12 @@ def largest_batch(kind: str, model: str, dtype: str, size: int, guess: int, limi
             try:
                 peak_memory(kind, model, 'eager', dtype, batch_size, size, Path(), limit=limit)
                 fits = batch_size
-            except (MemoryError, RuntimeError):  # or more elements than some operator counts
+            except MemoryError:
                 fails = batch_size
+            except RuntimeError as error:
+                if not re.search('32.?bit', str(error)):
+                    raise
+                fails = batch_size  # more elements than some operator counts
             progress.update()
     return fits
 
