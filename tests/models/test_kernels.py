@@ -11,7 +11,7 @@ from nets import CHANNELS_LAST, create, images, pair, step, trained
 from timm.models import reparameterize_model
 
 from timm_densese import SE_PLACEMENTS
-from timm_densese.models import fused, linear_memory, pointwise
+from timm_densese.models import features, fused, pointwise
 
 triton = pytest.importorskip('triton')
 DEVICE = os.environ.get('DEVICE') or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -32,7 +32,7 @@ PROGRAMS = [{}, {'_PROGRAMS': 2, '_PROGRAMS_CONV_BACKWARD': 3, '_MOST_SPLITS': 2
 def kernels(monkeypatch):
     from timm_densese.models import kernels
 
-    for user in (fused, linear_memory):
+    for user in (features, fused):
         monkeypatch.setattr(user, 'find_kernels', lambda x, dtype: kernels)
     return kernels
 

@@ -5,6 +5,8 @@
       `DenseBlock.is_memory_efficient`.
     * Fused (fused.py) are modules of their own for inference, which `timm.models.reparameterize_model` puts in the
       place of these, see `DenseBlock.fuse` and `DenseFeatures.fuse`.
+
+The last two run kernels (kernels.py) on the GPUs where `pointwise.find_kernels` knows them to be faster.
 """
 import warnings
 from collections import OrderedDict
