@@ -197,7 +197,7 @@ def main() -> None:
 
     infer = tuple(model for model in OURS if not model.endswith(('memory', 'checkpointing')))
     train = tuple(model for model in OURS if not model.endswith('fused'))
-    ours = slice(1, 2) if dry else slice(None)  # what takes long: in the dry run, one model of ours alone
+    ours = slice(1, 2) if dry else slice(None)
 
     def jobs(execution: str, models: dict[str, tuple[str, ...]]) -> list[Job]:
         return [(kind, model, execution, batch_size) for kind in models for model in models[kind]
@@ -206,9 +206,10 @@ def main() -> None:
     def left_out(name: str) -> bool:
         return 'result' not in steps.record['steps'][name]
 
+    few = {'infer': infer[ours], 'train': train[ours]}  # for what takes long: in the dry run, one model of ours alone
     compiling = Compiling([], size)
     try:
-        compiling = Compiling(jobs('compile', {'infer': infer[ours], 'train': train[ours]}), size)
+        compiling = Compiling(jobs('compile', few), size)
         steps.run('tests', lambda: run_tests(*(['-k', 'fused'] if dry else [])))  # which nobody times, beside it
         steps.run('compiling', lambda: compiling.wait(min(steps.end, time.monotonic() + 120)))
         steps.run('bytes', lambda: measure_bytes(size, batches[-1]))
@@ -219,19 +220,18 @@ def main() -> None:
                       lambda kind=kind, models=models: throughput(kind, 'cudagraph', models))
         steps.run('cost of SE', lambda: cost_of_se(out))
         steps.run('roofline', roof)
-        for kind, models in () if left_out('compiling') else (('infer', infer), ('train', train)):
+        for kind, models in () if left_out('compiling') else few.items():
             steps.run(f'{NAMES[kind]}, compile',
-                      lambda kind=kind, models=models: throughput(kind, 'compile', models[ours]))
-        steps.run('largest batch, training', lambda: measure_largest(
-            bench, 'train', train[ours], guess, limit, part))
-        steps.run('largest batch, inference', lambda: measure_largest(
-            bench, 'infer', infer[ours], guess, limit, part))
-        for job in jobs('max-autotune', {'infer': infer[ours]}):  # one after another, as they time kernels
+                      lambda kind=kind, models=models: throughput(kind, 'compile', models))
+        for kind in ('train', 'infer'):
+            steps.run(f'largest batch, {NAMES[kind]}', lambda kind=kind: measure_largest(
+                bench, kind, few[kind], guess, limit, part))
+        for job in jobs('max-autotune', {'infer': few['infer']}):  # one after another, as they time kernels
             compiling = Compiling([job], size)
             steps.run(f'compiling, max-autotune, {job[1]}, batch {job[3]}',
                       lambda compiling=compiling: compiling.wait(steps.end))
         if not any(left_out(name) for name in steps.record['steps'] if 'compiling, max' in name):
-            steps.run('inference, max-autotune', lambda: throughput('infer', 'max-autotune', infer[ours]))
+            steps.run('inference, max-autotune', lambda: throughput('infer', 'max-autotune', few['infer']))
     except KeyboardInterrupt:
         sys.exit(f'Stopped. What was measured is in {out}.')
     finally:
