@@ -40,32 +40,6 @@ TINY: dict[str, dict[str, Any]] = {
                    'block_type': ['Block', 'Block']}}
 
 
-def interleave(runs: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Time functions in turns, so that what disturbs the machine disturbs all; each round starts with another one.
-
-    On a CPU, a turn of one that takes less than a second has a call before it that is not timed, for the caches, also
-    oneDNN's of kernels, hold what the others used: who uses a model calls it again and again.
-
-    Args:
-        runs: What to time, by name.
-        repeats: Rounds.
-        warmup: Rounds before those, not timed.
-
-    Returns:
-        Seconds of each round, by name; on CUDA, of the device, by events.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for i in tqdm(range(-warmup, repeats), desc=', '.join(names), unit='round', leave=False):
-        for name in names[i % len(names):] + names[:i % len(names)]:
-            elapsed = time_run(runs[name])
-            if elapsed < 1 and device().type == 'cpu':
-                elapsed = time_run(runs[name])
-            if i >= 0:
-                seconds[name].append(elapsed)
-    return seconds
-
-
 def time_run(run: Callable[[], Any]) -> float:
     if not torch.cuda.is_available():
         start = time.perf_counter()
@@ -78,6 +52,34 @@ def time_run(run: Callable[[], Any]) -> float:
     events[1].record()
     torch.cuda.synchronize()
     return events[0].elapsed_time(events[1]) / 1e3
+
+
+def interleave(runs: dict[str, Any], repeats: int, warmup: int = 2,
+               timer: Callable[[Any], float] = time_run) -> dict[str, list[float]]:
+    """Time functions in turns, so that what disturbs the machine disturbs all; each round starts with another one.
+
+    On a CPU, a turn of one that takes less than a second has a call before it that is not timed, for the caches, also
+    oneDNN's of kernels, hold what the others used: who uses a model calls it again and again.
+
+    Args:
+        runs: What to time, by name.
+        repeats: Rounds.
+        warmup: Rounds before those, not timed.
+        timer: Gives the seconds of one.
+
+    Returns:
+        Seconds of each round, by name; on CUDA, of the device, by events.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for i in tqdm(range(-warmup, repeats), desc=', '.join(names), unit='round', leave=False):
+        for name in names[i % len(names):] + names[:i % len(names)]:
+            elapsed = timer(runs[name])
+            if elapsed < 1 and device().type == 'cpu':
+                elapsed = timer(runs[name])
+            if i >= 0:
+                seconds[name].append(elapsed)
+    return seconds
 
 
 def medians(seconds: dict[str, list[float]]) -> dict[str, float]:
@@ -102,6 +104,8 @@ def build_measured(*args: Any) -> tuple[Run, float | None]:
     torch.cuda.reset_peak_memory_stats()
     run = build(*args)
     run()
+    if args[2] in COMPILED:  # what the compiler tries takes memory too
+        torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
     return run, (torch.cuda.max_memory_allocated() - before) / 1e6

@@ -9,8 +9,8 @@ against the floor that the card's measured ceilings give. See docs/gpu.md for wh
 
 Results go to results/gpu-DEVICE/. Each step writes gpu.json when it ends, and each row of throughput when it is
 measured, so that an interruption keeps what was measured. A step that fails is recorded, and the next one runs; one
-that would begin after --minutes is left out, and recorded too. What is measured is compiled before, several nets at a
-time, beside the tests; what could not be compiled in time is not measured.
+that would begin after --minutes is left out, and recorded too. Nets are compiled beside each other and the tests, each
+in a process of its own, which times it; what is not compiled in time is not measured.
 """
 import argparse
 import importlib.util
@@ -31,16 +31,19 @@ from common import RESULTS, create, device, first_line, machine, peak_memory
 from memory import saved_megabytes
 from tables import draw, read, write_summary, write_tables
 from throughput import Bench, largest_batch
+from worker import Worker
 
 from timm_densese.files import replace_file
 
 ROOT = Path(__file__).parents[1]
-INFER = ('densenet121', 'se_densenet121', 'se_densenet121 fused', 'rdnet_tiny', 'seresnet50')
-TRAIN = ('densenet121', 'densenet121 checkpointing', 'se_densenet121', 'se_densenet121 linear memory', 'rdnet_tiny',
-         'seresnet50')
-Job = tuple[str, str, str, int]
 NAMES = {'infer': 'inference', 'train': 'training'}
-OURS = ('densenet121', 'se_densenet121 fused', 'se_densenet121 linear memory', 'densenet121 checkpointing')
+OURS: dict[str, tuple[str, ...]] = {
+    'train': ('densenet121', 'se_densenet121 linear memory'), 'infer': ('densenet121', 'se_densenet121 fused')}
+PEERS = ('rdnet_tiny', 'seresnet50')
+MODELS = {'train': (*OURS['train'], 'densenet121 checkpointing', 'se_densenet121', *PEERS),
+          'infer': (*OURS['infer'], 'se_densenet121', *PEERS)}
+WAIT = 4.5  # minutes from the start, for the compilers
+Job = tuple[str, str, str, int]
 
 
 class Steps:
@@ -52,7 +55,8 @@ class Steps:
     """
 
     def __init__(self, out: Path, minutes: float) -> None:
-        self.out, self.end = out, time.monotonic() + 60 * minutes
+        self.out, self.begin = out, time.monotonic()
+        self.end = self.begin + 60 * minutes
         self.record: dict[str, Any] = {**machine(), 'steps': {}}
 
     def run(self, name: str, step: Callable[[], Any]) -> None:
@@ -101,37 +105,44 @@ def measure_bytes(size: int, batch_size: int) -> dict[str, dict[str, float | Non
     return found
 
 
-class Compiling:
-    """Compiles models in processes of their own, for the caches on disk that later steps read.
+class Compiled:
+    """Models that workers compile beside each other, and time when they are told to.
 
     Args:
-        jobs: Kind, model, execution and batch size of each.
         size: Height and width of the images in pixels.
     """
 
-    CODE = ('import json, sys; from pathlib import Path; from common import build; '
-            'kind, model, execution, batch_size, size = json.loads(sys.argv[1]); '
-            'build(kind, model, execution, "amp_bfloat16", batch_size, size, Path())()')
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.workers: dict[tuple[Any, ...], Worker] = {}
 
-    def __init__(self, jobs: list[Job], size: int) -> None:
-        self.processes = {job: subprocess.Popen(
-            [sys.executable, '-c', self.CODE, json.dumps((*job, size))], cwd=Path(__file__).parent,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={**os.environ, 'TORCHINDUCTOR_COMPILE_THREADS': '2'}) for job in jobs}
+    def start(self, jobs: list[Job], threads: int) -> None:
+        """Start to compile, each with so many threads; a job goes before those that come later in the list."""
+        for nice, (kind, model, execution, batch_size) in enumerate(jobs):
+            args = kind, model, execution, 'amp_bfloat16', batch_size, self.size
+            self.workers[args] = Worker(*args, threads=threads, nice=nice)
 
     def wait(self, end: float) -> str:
         """Wait until all are compiled or a time on the monotonic clock has come, and end what is left then."""
-        while time.monotonic() < end and any(process.poll() is None for process in self.processes.values()):
-            time.sleep(.1)
-        self.kill()
-        missing = [' '.join(map(str, job)) for job, process in self.processes.items() if process.wait()]
-        if missing:
-            raise RuntimeError(f'not compiled, or not in time: {", ".join(missing)}')
-        return f'{len(self.processes)} compiled'
+        for worker in self.workers.values():
+            worker.wait(end)
+        failed = [f'{" ".join(map(str, args))}: {worker.error}' for args, worker in self.workers.items()
+                  if worker.error]
+        if failed:
+            raise RuntimeError('; '.join(failed))
+        return f'{len(self.workers)} compiled'
 
-    def kill(self) -> None:
-        for process in self.processes.values():
-            process.kill()
+    def build(self, *args: Any) -> tuple[Worker, float | None]:
+        """Give what `build_measured` gives, of what was started."""
+        worker = self.workers[args[:-1]]
+        if worker.error:
+            raise RuntimeError(worker.error)
+        return worker, worker.memory
+
+    def end(self) -> None:
+        for worker in self.workers.values():
+            worker.process.kill()
+        self.workers = {}
 
 
 def measure_largest(bench: Bench, kind: str, models: tuple[str, ...], guess: int, limit: float | None,
@@ -144,6 +155,12 @@ def measure_largest(bench: Bench, kind: str, models: tuple[str, ...], guess: int
             bench.group(kind, 'eager', 'amp_bfloat16', {model: size}, Path(folder), 'largest')
 
 
+def first_guess() -> dict[str, int]:
+    """Batches that are about the largest which fit, by the card's memory."""
+    images = torch.cuda.get_device_properties(0).total_memory >> 26
+    return {'infer': 4 * images, 'train': images}
+
+
 def cost_of_se(out: Path) -> dict[str, float]:
     """How much longer se_densenet121 takes than densenet121, in %."""
     return {f'{row["kind"]}, {row["execution"]}, batch {row["batch"]}': 100 / row['faster_than_densenet']['p50'] - 100
@@ -153,7 +170,7 @@ def cost_of_se(out: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--dry-run', action='store_true', help='tiny images and batches, on whatever device there is')
-    parser.add_argument('--minutes', type=float, default=7, help='after these, no step begins')
+    parser.add_argument('--minutes', type=float, default=8, help='after these, no step begins')
     parser.add_argument('--out', type=Path, help='folder; default: results/gpu-DEVICE')
     args = parser.parse_args()
     if not args.dry_run and device().type != 'cuda':
@@ -163,20 +180,26 @@ def main() -> None:
     out = args.out or RESULTS / f'gpu-{name}{"-dry-run" if dry else ""}'
     out.mkdir(parents=True, exist_ok=True)
     size, batches = (32, (1, 2)) if dry else (224, (1, 64))
-    limit, guess, part = (.02, 64, 2) if dry else (None, 256, 4)
+    limit, guess, part = (.02, {'infer': 64, 'train': 64}, 2) if dry else (None, first_guess(), 4)
     if dry:
         os.environ['TINY_NETS'] = '1'
-    steps, bench = Steps(out, args.minutes), Bench(out, size, .02 if dry else 2, 3 if dry else 10)
+    seconds, fewest = (.02, 3) if dry else (1.5, 10)
+    steps, compiled = Steps(out, args.minutes), Compiled(size)
+    benches = dict.fromkeys(('compile', 'max-autotune'), Bench(out, size, seconds, fewest, compiled.build, Worker.time))
+    bench = Bench(out, size, seconds, fewest)
 
     def sizes(kind: str, execution: str) -> tuple[int, ...]:
+        """Who compiles trains larger ones, and autotuning takes minutes."""
         if dry:
             return batches if (kind, execution) == ('infer', 'eager') else batches[-1:]
-        return batches if kind == 'infer' or execution == 'eager' else batches[-1:]  # who compiles trains larger ones
+        one = execution == 'eager' or (kind, execution) == ('infer', 'compile')
+        return batches if one else batches[-1:]
 
     def throughput(kind: str, execution: str, models: tuple[str, ...]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for batch_size in sizes(kind, execution):
-                bench.group(kind, execution, 'amp_bfloat16', dict.fromkeys(models, batch_size), Path(folder))
+                benches.get(execution, bench).group(
+                    kind, execution, 'amp_bfloat16', dict.fromkeys(models, batch_size), Path(folder))
         failed = [f'{row["model"]}, batch {row["batch"]}: {row["error"]}' for row in read(out)
                   if row['kind'] == kind and row['execution'] == execution and 'error' in row]
         if failed:
@@ -195,47 +218,42 @@ def main() -> None:
         roofline.draw(rows, batch_size, torch.bfloat16, out / 'roofline.png')
         return {'batch_size': batch_size, 'ceilings': ceilings, 'rows': rows}
 
-    infer = tuple(model for model in OURS if not model.endswith(('memory', 'checkpointing')))
-    train = tuple(model for model in OURS if not model.endswith('fused'))
-    ours = slice(1, 2) if dry else slice(None)
-
     def jobs(execution: str, models: dict[str, tuple[str, ...]]) -> list[Job]:
         return [(kind, model, execution, batch_size) for kind in models for model in models[kind]
-                for batch_size in sizes(kind, execution)][:1 if dry else None]
+                for batch_size in reversed(sizes(kind, execution))]
 
-    def left_out(name: str) -> bool:
-        return 'result' not in steps.record['steps'][name]
+    def autotune(job: Job) -> str:
+        compiled.start([job], threads=os.cpu_count() or 1)
+        return compiled.wait(steps.end)
 
-    few = {'infer': infer[ours], 'train': train[ours]}  # for what takes long: in the dry run, one model of ours alone
-    compiling = Compiling([], size)
+    ours = slice(1, 2) if dry else slice(None)  # of what takes long, the dry run has one model of ours alone
+    few = {kind: models[ours] for kind, models in OURS.items()}
+    peers = dict.fromkeys(few, () if dry else PEERS)
     try:
-        compiling = Compiling(jobs('compile', few), size)
+        compiled.start([*jobs('compile', few), *jobs('compile', peers)], threads=4)
         steps.run('tests', lambda: run_tests(*(['-k', 'fused'] if dry else [])))  # which nobody times, beside it
-        steps.run('compiling', lambda: compiling.wait(min(steps.end, time.monotonic() + 120)))
         steps.run('bytes', lambda: measure_bytes(size, batches[-1]))
-        for kind, models in (('infer', INFER), ('train', TRAIN)):
+        steps.run('compiling', lambda: compiled.wait(steps.begin + 60 * WAIT))
+        for kind in few:
+            steps.run(f'{NAMES[kind]}, compile', lambda kind=kind: throughput(kind, 'compile', few[kind] + peers[kind]))
+        compiled.end()
+        for kind, models in MODELS.items():
             steps.run(f'{NAMES[kind]}, eager', lambda kind=kind, models=models: throughput(kind, 'eager', models))
-        for kind, models in (('infer', infer), ('train', train)) if device().type == 'cuda' else ():
+        for kind, models in MODELS.items() if device().type == 'cuda' else ():
             steps.run(f'{NAMES[kind]}, CUDA graph',
-                      lambda kind=kind, models=models: throughput(kind, 'cudagraph', models))
+                      lambda kind=kind, models=models: throughput(kind, 'cudagraph', models[:3]))
         steps.run('cost of SE', lambda: cost_of_se(out))
         steps.run('roofline', roof)
-        for kind, models in () if left_out('compiling') else few.items():
-            steps.run(f'{NAMES[kind]}, compile',
-                      lambda kind=kind, models=models: throughput(kind, 'compile', models))
-        for kind in ('train', 'infer'):
+        for kind in few:
             steps.run(f'largest batch, {NAMES[kind]}', lambda kind=kind: measure_largest(
-                bench, kind, few[kind], guess, limit, part))
+                bench, kind, few[kind] if dry else MODELS[kind][:3], guess[kind], limit, part))
         for job in jobs('max-autotune', {'infer': few['infer']}):  # one after another, as they time kernels
-            compiling = Compiling([job], size)
-            steps.run(f'compiling, max-autotune, {job[1]}, batch {job[3]}',
-                      lambda compiling=compiling: compiling.wait(steps.end))
-        if not any(left_out(name) for name in steps.record['steps'] if 'compiling, max' in name):
-            steps.run('inference, max-autotune', lambda: throughput('infer', 'max-autotune', few['infer']))
+            steps.run(f'compiling, max-autotune, {job[1]}', lambda job=job: autotune(job))
+        steps.run('inference, max-autotune', lambda: throughput('infer', 'max-autotune', few['infer']))
     except KeyboardInterrupt:
         sys.exit(f'Stopped. What was measured is in {out}.')
     finally:
-        compiling.kill()
+        compiled.end()
         if read(out):
             steps.end = float('inf')
             steps.run('tables', tables)

@@ -23,15 +23,16 @@ import shlex
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from common import (
     DTYPES,
     RESULTS,
-    Run,
     base,
     build_measured,
     create,
@@ -112,10 +113,15 @@ class Bench:
         size: Height and width of the images in pixels.
         seconds: About how long each model runs for a row.
         fewest: Rounds that a row has at least; for inference of one image, 100 where it is more than 3.
+        build: Gives what is timed, and MB, as `build_measured` does.
+        timer: Gives the seconds of what `build` gave.
     """
 
-    def __init__(self, out: Path, size: int, seconds: float, fewest: int) -> None:
+    def __init__(self, out: Path, size: int, seconds: float, fewest: int,
+                 build: Callable[..., tuple[Any, float | None]] = build_measured,
+                 timer: Callable[[Any], float] = time_run) -> None:
         self.out, self.size, self.seconds, self.fewest = out, size, seconds, fewest
+        self.build, self.timer = build, timer
         command = shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])
         self.machine = {**machine(), 'torchvision': torchvision.__version__, 'command': command}
         self.stats: dict[str, dict[str, float]] = {}
@@ -133,14 +139,14 @@ class Bench:
         ran: list[str] = []
         while left:
             later: list[str] = []
-            runs: dict[str, Run] = {}
+            runs: dict[str, Any] = {}
             slowest = 0.
             for model in left:
                 args = (kind, model, execution, dtype, sizes[model], self.size, folder)
                 try:
                     with inductor_config.patch(freezing=execution == 'freezing'):
-                        run, memory[model] = build_measured(*args)
-                    slowest = max(slowest, time_run(run))
+                        run, memory[model] = self.build(*args)
+                    slowest = max(slowest, self.timer(run))
                     runs[model] = run
                 except Exception as error:  # a failing peer is a row, not the end
                     if isinstance(error, torch.OutOfMemoryError) and runs:
@@ -150,7 +156,7 @@ class Bench:
             if runs:
                 latency = kind == 'infer' and max(sizes.values()) == 1 and self.fewest > 3
                 fewest = 100 if latency else self.fewest
-                seconds = interleave(runs, min(max(fewest, int(self.seconds / slowest)), 500))
+                seconds = interleave(runs, min(max(fewest, int(self.seconds / slowest)), 500), timer=self.timer)
                 for model, values in seconds.items():
                     self.write(kind, execution, dtype, model, sizes[model], batch, values, memory[model],
                                ratio(seconds, base(model), model) if base(model) in seconds else None)

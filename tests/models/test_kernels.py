@@ -20,12 +20,12 @@ pytestmark = pytest.mark.skipif(
     reason="needs the interpreter of Triton 3.7: an older one's loops fail with newer versions of NumPy")
 # The interpreter multiplies no matrices of bfloat16.
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == 'cuda' else [torch.float32, torch.float16]
-TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 # Images, height, width, channels of the buffer, channels, outputs.
 SHAPES = [(2, 14, 14, 96, 64, 128), (3, 7, 9, 50, 37, 8), (1, 5, 4, 240, 144, 192), (5, 1, 1, 48, 32, 16),
           (4, 3, 1, 48, 32, 16)]
 # As many programs as there are, or so few that each goes through several blocks of rows.
-PROGRAMS = [{}, {'_PROGRAMS': 2, '_PROGRAMS_CONV_BACKWARD': 3, '_MOST_SPLITS': 2, '_MOST_STATS': 2}]
+PROGRAMS = [{}, {'_PROGRAMS': 1, '_MOST_SPLITS': 1, '_MOST_STATS': 2}]
 
 
 @pytest.fixture
