@@ -42,7 +42,7 @@ OURS: dict[str, tuple[str, ...]] = {
 PEERS = ('rdnet_tiny', 'seresnet50')
 MODELS = {'train': (*OURS['train'], 'densenet121 checkpointing', 'se_densenet121', *PEERS),
           'infer': (*OURS['infer'], 'se_densenet121', *PEERS)}
-WAIT = 4.5  # minutes from the start, for the compilers
+WAIT = 4  # minutes from the start, for the compilers
 Job = tuple[str, str, str, int]
 
 

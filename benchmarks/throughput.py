@@ -15,6 +15,7 @@ nothing and the next run goes on in the same folder, a newer row replacing an ol
 columns of timm's results/benchmark-*.csv, in the figures and in README.md, which shows it all.
 """
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -67,6 +68,7 @@ def models(kind: str, variant: str) -> list[str]:
     return found + (list(PEERS) if variant == '121' else [])
 
 
+@functools.cache
 def stats(model: str, size: int) -> dict[str, float]:
     """Parameters, multiply-adds and activations, in timm's units."""
     with torch.device('meta'):
@@ -124,7 +126,6 @@ class Bench:
         self.build, self.timer = build, timer
         command = shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])
         self.machine = {**machine(), 'torchvision': torchvision.__version__, 'command': command}
-        self.stats: dict[str, dict[str, float]] = {}
 
     def group(self, kind: str, execution: str, dtype: str, sizes: dict[str, int], folder: Path,
               batch: str | None = None) -> list[str]:
@@ -168,12 +169,12 @@ class Bench:
               seconds: list[float] | None = None, memory: float | None = None,
               relative: tuple[float, float, float] | None = None, error: str | None = None) -> None:
         """Append a record; `batch` is what was asked for, a size or 'largest'."""
-        if model not in self.stats:
-            with suppress(Exception):  # of a model that failed
-                self.stats[model] = stats(model, self.size)
+        counts: dict[str, float] = {}
+        with suppress(Exception):  # of a model that failed
+            counts = stats(model, self.size)
         row = {'kind': kind, 'execution': execution, 'dtype': dtype, 'img_size': self.size,
                'batch': batch or batch_size, 'model': model, 'batch_size': batch_size,
-               **self.stats.get(model, {}), **self.machine}
+               **counts, **self.machine}
         if execution in ('onnxruntime', 'openvino'):
             with suppress(importlib.metadata.PackageNotFoundError):  # the error to record is the import's
                 row[execution] = importlib.metadata.version(execution)

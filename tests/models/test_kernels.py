@@ -25,7 +25,7 @@ TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 SHAPES = [(2, 14, 14, 96, 64, 128), (3, 7, 9, 50, 37, 8), (1, 5, 4, 240, 144, 192), (5, 1, 1, 48, 32, 16),
           (4, 3, 1, 48, 32, 16)]
 # As many programs as there are, or so few that each goes through several blocks of rows.
-PROGRAMS = [{}, {'_PROGRAMS': 1, '_MOST_SPLITS': 1, '_MOST_STATS': 2}]
+PROGRAMS = [{}, {'_PROGRAMS': 1, '_PROGRAMS_BACKWARD': 1, '_MOST_SPLITS': 1, '_MOST_STATS': 2}]
 
 
 @pytest.fixture

@@ -263,6 +263,7 @@ _CONV_BACKWARD = {'BLOCK_M': 128, 'BLOCK_C': 32, 'num_warps': 4, 'num_stages': 2
 _POINTWISE = {'BLOCK_M': 64, 'num_warps': 4}
 _SUMS = {'BLOCK_M': 256, 'num_warps': 8}
 _PROGRAMS = 528
+_PROGRAMS_BACKWARD = 1056
 _MOST_SPLITS = 128  # of sums that other programs add up
 _MOST_STATS = 512  # that a program reads at a time
 MOST_OUTPUTS = 256  # of a convolution, whose backward pass holds its weights' gradients in registers
@@ -397,7 +398,7 @@ def _norm_backward(
     _grad_sums_kernel[splits, tiles](
         grad, x, stats, partial, M, C, _stride(grad), stride, stats.stride(0), each, ACTIVATED=activated,
         BLOCK_C=block, **_SUMS)
-    each, programs = _split(M, _POINTWISE['BLOCK_M'], _ceil_div(_PROGRAMS, tiles))
+    each, programs = _split(M, _POINTWISE['BLOCK_M'], _ceil_div(_PROGRAMS_BACKWARD, tiles))
     out = _empty(x.shape, x)
     _norm_backward_kernel[programs, tiles](
         grad, x, stats, partial, sums, out, M, C, _stride(grad), stride, stats.stride(0), _stride(out), splits,
@@ -483,7 +484,7 @@ def affine_conv_backward(
     M, C, stride = _matrix(x)
     N = weight.shape[0]
     tiles = _ceil_div(C, _CONV_BACKWARD['BLOCK_C'])
-    each, splits = _split(M, _CONV_BACKWARD['BLOCK_M'], _ceil_div(_PROGRAMS, tiles))
+    each, splits = _split(M, _CONV_BACKWARD['BLOCK_M'], _ceil_div(_PROGRAMS_BACKWARD, tiles))
     partial = _float32(x, splits, N + 2, C)
     _affine_conv_backward_kernel[tiles, splits](
         grad, x, _dense(scale), _dense(shift), _dense(weight), total, partial, M, C, N, stride, _stride(total), each,
