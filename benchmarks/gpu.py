@@ -42,7 +42,7 @@ OURS: dict[str, tuple[str, ...]] = {
 PEERS = ('rdnet_tiny', 'seresnet50')
 MODELS = {'train': (*OURS['train'], 'densenet121 checkpointing', 'se_densenet121', *PEERS),
           'infer': (*OURS['infer'], 'se_densenet121', *PEERS)}
-WAIT = 4  # minutes from the start, for the compilers
+WAIT = 4.7  # minutes from the start, for the compilers
 Job = tuple[str, str, str, int]
 
 
@@ -246,7 +246,7 @@ def main() -> None:
         steps.run('roofline', roof)
         for kind in few:
             steps.run(f'largest batch, {NAMES[kind]}', lambda kind=kind: measure_largest(
-                bench, kind, few[kind] if dry else MODELS[kind][:3], guess[kind], limit, part))
+                Bench(out, size, seconds, 3), kind, few[kind] if dry else MODELS[kind][:3], guess[kind], limit, part))
         for job in jobs('max-autotune', {'infer': few['infer']}):  # one after another, as they time kernels
             steps.run(f'compiling, max-autotune, {job[1]}', lambda job=job: autotune(job))
         steps.run('inference, max-autotune', lambda: throughput('infer', 'max-autotune', few['infer']))

@@ -54,7 +54,8 @@ class Worker:
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout
-        return json.loads(self.process.stdout.readline() or '{"error": "its process ended"}')
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {'error': f'its process ended with status {self.process.wait()}'}
 
 
 def main() -> None:

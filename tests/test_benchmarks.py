@@ -17,6 +17,7 @@ import torch
 import transfer
 from conftest import finish, start_alone
 from PIL import Image
+from worker import Worker  # benchmarks/worker.py
 
 from timm_densese.demo import generate_images
 
@@ -121,6 +122,19 @@ def test_a_peer_that_fails_is_a_row(tmp_path):
     tables.write_tables(list(rows.values()), tmp_path)
     tables.write_summary(list(rows.values()), tmp_path)
     assert '| no_such_net | RuntimeError: Unknown model' in (tmp_path / 'README.md').read_text()
+
+
+def test_a_worker_says_what_failed():
+    fails, ends, late = (Worker(
+        'infer', name, 'eager', 'float32', 1, 32, threads=1, nice=0) for name in ('no_such_net', 'densenet121', ''))
+    late.wait(time.monotonic())
+    assert late.error == 'not built in time'
+    assert late.process.wait() == -signal.SIGKILL
+    fails.wait(time.monotonic() + 120)
+    assert 'Unknown model (no_such_net)' in fails.error
+    ends.process.kill()
+    ends.wait(time.monotonic() + 120)
+    assert ends.error == 'its process ended with status -9'
 
 
 @pytest.mark.slow
