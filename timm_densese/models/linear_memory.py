@@ -125,10 +125,11 @@ def _run_compiled(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, poo
     normalised: List[torch.Tensor] = []
     means: List[torch.Tensor] = []
     variances: List[torch.Tensor] = []
+    readers: List[Tuple[Any, int]] = []  # norms, and how many channels they read
 
     def read(norm: Any) -> torch.Tensor:
-        _update_running_stats(norm, torch.cat(means), torch.cat(variances))
         x_hat = torch.cat(normalised, 1)
+        readers.append((norm, x_hat.shape[1]))
         return F.relu(x_hat * norm.weight[:, None, None] + norm.bias[:, None, None]).to(x_hat.dtype)
 
     def append(x: torch.Tensor) -> None:
@@ -142,9 +143,9 @@ def _run_compiled(layers: List[Any], x: torch.Tensor, eps: float, tail: Any, poo
         new_features = _after_conv2(layer, layer.conv2(layer.norm2(layer.conv1(read(layer.norm1)))))
         features.append(new_features)
         append(new_features)
-    if tail is None:
-        return torch.cat(features, 1)
-    out = read(tail)
+    out = torch.cat(features, 1) if tail is None else read(tail)
+    mean, var = torch.cat(means), torch.cat(variances)
+    _update_all_running_stats([(norm, mean[:channels], var[:channels]) for norm, channels in readers])
     return F.avg_pool2d(out, 2) if pool else out
 
 
