@@ -137,6 +137,20 @@ class TestKernels:
         assert torch.equal(total[:, channels:].double(), total_before[:, channels:])
 
 
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_statistics_far_from_zero(kernels, dtype):
+    """Of 300 pixels in several blocks, whose mean is 50 times their standard deviation."""
+    x = (1 + torch.randn(3, 16, 10, 10, device=DEVICE) / 10).to(dtype).to(memory_format=CHANNELS_LAST)
+    ones = torch.ones(16, device=DEVICE)
+    weight = (1 + torch.rand(32, 16, 1, 1, device=DEVICE) / 10).to(dtype)
+    out, stats = kernels.affine_conv_norm(x, ones, ones, weight, *torch.ones(2, 32, device=DEVICE), 1e-5)
+    var, mean = torch.var_mean(out.double(), (0, 2, 3))
+    ratio = (mean.square() / var).mean()
+    assert ratio > 2500
+    assert relative_error(stats[1], var) < 4 * ratio * 2 ** -23  # as float16 itself rounds
+    assert relative_error(stats[0], mean) < 1e-6
+
+
 def check_step(model, context=None):
     """Against float64, a step by kernels in float32 is about as exact as a plain one."""
     plain, linear = pair(model)
