@@ -6,9 +6,23 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-from nets import Double, Plus, aside, blocks, blocks_are_memory_efficient, images, step
+import torch.nn.functional as F
+from conftest import relative_error
+from nets import (
+    Double,
+    Plus,
+    aside,
+    assert_same_step,
+    blocks,
+    blocks_are_memory_efficient,
+    create,
+    images,
+    pair,
+    step,
+    trained,
+)
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
-from timm.models import densenet
+from timm.models import densenet, reparameterize_model
 from torch.nn.utils.parametrize import register_parametrization
 
 
@@ -101,6 +115,46 @@ def test_hooks_of_all_modules_fire():
     finally:
         handle.remove()
     assert {m for block in blocks(model) for m in block.modules()} <= fired
+
+
+def _sine(block):
+    class Sine(type(block)):
+        def forward(self, x):
+            return super().forward(x).sin()
+
+    block.__class__ = Sine
+
+
+def _override(block):
+    forward = block.forward
+    block.forward = lambda x: forward(x).sin()
+
+
+@pytest.mark.parametrize('change', [_sine, _override])
+def test_a_block_of_another_kind_is_called(change):
+    plain, linear = pair(create())
+    for model in (plain, linear):
+        change(model.features.denseblock1)
+    x = images()
+    assert_same_step(step(linear, x), step(plain, x))
+
+
+def _circular(conv, x, weight, bias):
+    padding = 2 * conv.padding
+    return F.conv2d(F.pad(x, padding, mode='circular'), weight, bias, conv.stride, 0, conv.dilation, conv.groups)
+
+
+def test_methods_of_all_convolutions_are_called(monkeypatch):
+    """As who makes textures that repeat replaces them."""
+    plain, linear = pair(create())
+    model = trained()
+    fused = reparameterize_model(model)
+    x = images()
+    monkeypatch.setattr(nn.Conv2d, '_conv_forward', _circular)
+    (out, grads, _), (expected, expected_grads, _) = step(linear, x), step(plain, x)
+    assert_same_step((out, grads, {}), (expected, expected_grads, {}))
+    with torch.no_grad():
+        assert relative_error(fused(x.float()), model(x.float())) < 1e-5
 
 
 def test_types_that_differ_step_aside():

@@ -81,9 +81,9 @@ def instead(conv, kind=nn.Conv2d, **kwargs):
     return other.eval()
 
 
-def override(module):
-    forward = module.forward
-    module.forward = lambda x: forward(x) + 1
+def override(module, name='forward'):
+    method = getattr(module, name)
+    setattr(module, name, lambda *args: method(*args) + 1)
 
 
 def add_watched(layer):
@@ -104,6 +104,8 @@ CHANGES = {
     'subclass': lambda net: setattr(layer(net).conv1, 'conv', instead(conv1(net), Plus)),
     'reflect': lambda net: setattr(layer(net), 'conv2', instead(layer(net).conv2, padding_mode='reflect')),
     'forward': lambda net: override(conv1(net)),
+    '_conv_forward': lambda net: override(layer(net).conv2, '_conv_forward'),
+    '_conv_forward in a transition': lambda net: override(transition(net).conv, '_conv_forward'),
     'hook': lambda net: conv1(net).register_forward_hook(lambda module, args, out: out * 2),
     'pre-hook': lambda net: layer(net).conv1.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
     'attention': lambda net: setattr(layer(net), 'se', nn.Tanh()),

@@ -1,5 +1,7 @@
 """Linear memory against timm's own training."""
 import copy
+import gc
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import forked
@@ -13,6 +15,7 @@ from nets import aside, assert_same_step, blocks_are_memory_efficient, create, i
 from timm.models import densenet
 from timm.utils import ModelEmaV3
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from timm_densese import SE_PLACEMENTS
 from timm_densese.models.dense_block import DenseBlock
@@ -53,6 +56,7 @@ def test_momentum_of_a_cumulative_average():
         x = images()
         ours, theirs = step(linear, x), step(plain, x)
         assert_same_step(ours, theirs)
+        assert all(relative_error(ours[2][name], buffer.double()) < 1e-12 for name, buffer in theirs[2].items())
         plain.zero_grad()
         linear.zero_grad()
 
@@ -126,6 +130,7 @@ def buffers_held(loss):
             seen.add(node)
             nodes += [n for n, _ in node.next_functions]
             features = getattr(node, 'features', None)
+            assert not features or not features.passes
             held += [t for t in vars(features or object).values()
                      if isinstance(t, torch.Tensor) and t.numel() > features.stats.numel()]
     return held
@@ -231,6 +236,70 @@ def test_backward_twice_through_a_kept_graph():
     once = [p.grad.clone() for p in linear.parameters()]
     loss.backward()
     assert all(relative_error(p.grad, 2 * g) < 1e-12 for p, g in zip(linear.parameters(), once, strict=True))
+
+
+def test_backward_passes_within_each_other_and_in_threads():
+    plain, linear = pair(create(se_placement='stage'))
+    x = images().requires_grad_()
+    expected, = torch.autograd.grad(plain(x).square().sum(), x)
+    loss = linear(x).square().sum()
+
+    def differentiate(_=None):
+        return torch.autograd.grad(loss, x, retain_graph=True)[0]
+
+    found = []
+    weight = linear.features.denseblock1.denselayer2.conv1.weight
+    handle = weight.register_hook(lambda grad: found.append(differentiate()) if not found else None)
+    loss.backward(retain_graph=True)
+    handle.remove()
+    with ThreadPoolExecutor(3) as executor:
+        found += executor.map(differentiate, range(9))
+    assert all(relative_error(grad, expected) < 1e-9 for grad in [x.grad, *found])
+
+
+@pytest.mark.parametrize('placement', SE_PLACEMENTS)
+def test_a_forward_pass_without_backward_leaves_nothing(placement):
+    def count():
+        gc.collect()
+        return sum(isinstance(t, torch.Tensor) for t in gc.get_objects())
+
+    model, x = aside(se_placement=placement), images()
+    model(x)
+    before = count()
+    for _ in range(3):
+        torch.autograd.grad(model(x).sum(), model.classifier.weight)
+    assert count() == before
+
+
+@pytest.mark.parametrize('placement', SE_PLACEMENTS)
+def test_within_a_checkpoint(placement):
+    class Checkpointed(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return checkpoint(self.model, x, use_reentrant=False)
+
+    x = images()
+    (out, grads, _), (expected, expected_grads, _) = (
+        step(Checkpointed(model), x) for model in pair(create(se_placement=placement)))
+    assert_same_step((out, grads, {}), (expected, expected_grads, {}))
+
+
+def test_batched_gradients_say_what_to_do():
+    x = images().requires_grad_()
+    out = aside()(x)
+    with pytest.raises(RuntimeError, match=r'no batched gradients .* set_grad_checkpointing\(False\)'):
+        torch.autograd.grad(out, x, torch.ones(2, *out.shape, dtype=out.dtype), is_grads_batched=True)
+
+
+def test_features_may_change_in_place():
+    plain, linear = pair(create())
+    for model in (plain, linear):
+        model.features.denseblock1.register_forward_hook(lambda module, args, out: out.mul_(2))
+    x = images()
+    assert_same_step(step(linear, x), step(plain, x))
 
 
 def test_some_parameters_are_frozen():

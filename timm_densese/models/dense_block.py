@@ -24,6 +24,7 @@ from .linear_memory import normalise, restore, run
 from .plain import (
     has_autocast,
     has_hooks,
+    has_own_methods,
     is_plain_module,
     is_plain_norm,
     is_plain_parts,
@@ -189,7 +190,7 @@ class DenseFeatures(nn.Sequential):
         modules: List[Any] = list(self)
         while modules:
             module = modules.pop(0)
-            if not isinstance(module, DenseBlock) or not module.is_memory_efficient(x):
+            if type(module) is not DenseBlock or has_own_methods(module) or not module.is_memory_efficient(x):
                 x = module(x)
             elif modules and not has_hooks(module) and _can_read(modules[0], x, module):
                 x = _read(module.forward_memory_efficient, modules.pop(0), x)

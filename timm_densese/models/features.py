@@ -1,5 +1,7 @@
 """The normalised features of a dense block that trains in linear memory, by operators or by kernels for a GPU."""
-from typing import Any, List, Tuple
+import copy
+import functools
+from typing import Any, Dict, List, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +16,13 @@ Stats = Tuple[torch.Tensor, ...]
 
 
 class Features:
-    """The normalised features of one pass through a block, and, in backward, the gradients with respect to them.
+    """The normalised features of one pass through a block, and, in a backward pass, the gradients of them.
 
     The functions of linear_memory.py read and write it beside the graph. What orders them is a token: whoever appends
     features makes a new one, and whoever reads features takes the latest. So in backward, the gradient of a slice is
     complete before the function that appended it runs. The buffer is saved for backward by the function that reads it
-    last, so that it counts, and can be moved, as saved tensors are.
+    last, so that it counts, and can be moved, as saved tensors are. Backward passes may be nested, or run in several
+    threads, so each has a state of its own.
     """
 
     def __init__(self, x: torch.Tensor, dtype: torch.dtype, channels: int, eps: float) -> None:
@@ -34,7 +37,10 @@ class Features:
         self.eps = eps
         self.filled = 0
         self.grad: Any = None
+        self.zeros: Any = None
+        self.ones: Any = None
         self.scratch: Any = None
+        self.passes: Dict[int, Features] = {}  # by the numbers that autograd gives them
 
     def append(self, x: torch.Tensor) -> slice:
         """Normalise new features (B, C, H, W) into the buffer; give the channels that they have there."""
@@ -76,11 +82,22 @@ class Features:
         return torch.ops.aten.native_batch_norm_backward(
             grad, x_hat, weight, None, None, zeros, ones, True, self.eps, mask)
 
-    def start_backward(self, x_hat: torch.Tensor) -> None:
-        """Take the buffer for a backward pass, at whose end all is given back, wherever it ends."""
-        self.x_hat, self.grad = x_hat, None
-        self.zeros, self.ones = torch.zeros_like(self.mean), torch.ones_like(self.mean)
-        Variable._execution_engine.queue_callback(self.release)  # type: ignore[attr-defined]
+    def start_backward(self, x_hat: torch.Tensor) -> 'Features':
+        """Give a backward pass its state, with the buffer as it was saved, until the pass ends, wherever that is."""
+        state = copy.copy(self)
+        state.x_hat, state.grad = x_hat, None
+        state.zeros, state.ones = torch.zeros_like(self.mean), torch.ones_like(self.mean)
+        number = torch._C._current_graph_task_id()
+        if number >= 0:  # else somebody looks at a saved tensor
+            self.passes[number] = state
+            Variable._execution_engine.queue_callback(  # type: ignore[attr-defined]
+                functools.partial(self.passes.pop, number, None))  # type: ignore[arg-type]
+        return state
+
+    @property
+    def current(self) -> Any:
+        """The state of the backward pass that runs, None before it has one."""
+        return self.passes.get(torch._C._current_graph_task_id())
 
     def release(self) -> None:
         self.x_hat = self.grad = self.scratch = None
@@ -209,9 +226,9 @@ class KernelFeatures(Features):
         x = x.contiguous(memory_format=torch.channels_last)
         self.kernels.normalise(x, self.eps, self.x_hat[:, channels], self.stats[:, channels])
 
-    def start_backward(self, x_hat: torch.Tensor) -> None:
+    def start_backward(self, x_hat: torch.Tensor) -> Features:
         # Hooks on saved tensors may give them back in another layout.
-        super().start_backward(x_hat.contiguous(memory_format=torch.channels_last))
+        return super().start_backward(x_hat.contiguous(memory_format=torch.channels_last))
 
     def normalise_backward(self, channels: slice) -> torch.Tensor:
         return self.kernels.normalise_backward(

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .plain import TENSORS, has_global_hooks, is_transformed
+from .plain import TENSORS, has_global_hooks, has_own_methods, is_transformed
 from .pointwise import affine_relu, conv1x1, find_kernels, has_few_pixels, relu_
 
 __all__ = ['FusedDenseBlock', 'FusedReLU', 'NormConv', 'fold_after']
@@ -74,7 +74,7 @@ _CONV2: Any = {}, {}, (3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'
 def _is_as_built(conv: Any, attributes: Any) -> bool:
     """Tell whether a convolution has these attributes, and nobody watches it or has replaced a part."""
     state = conv.__dict__
-    return type(conv) is nn.Conv2d and _read_conv(state) == attributes and 'forward' not in state
+    return type(conv) is nn.Conv2d and _read_conv(state) == attributes and not has_own_methods(conv)
 
 
 class NormConv(nn.Module):
@@ -138,7 +138,7 @@ def _read_layer(layer: Any) -> Optional[Tuple[Any, ...]]:
     states = layer.__dict__, norm_conv.__dict__
     if (
         _read_hooks(states[0]) != _NO_HOOKS or _read_hooks(states[1]) != _NO_HOOKS
-        or 'forward' in states[0] or 'forward' in states[1]
+        or has_own_methods(layer) or has_own_methods(norm_conv)
         or not _is_as_built(conv1, _CONV1) or not _is_as_built(conv2, _CONV2)
     ):
         return None

@@ -61,26 +61,40 @@ def restore(x: torch.Tensor) -> AbstractContextManager[Any]:
 
     def pack(t: torch.Tensor) -> Any:
         if t.untyped_storage().data_ptr() != storage or t._version != version or t.dtype != x_dtype:
-            return t
+            return t.detach()  # not t: an output that its own graph holds would never be freed
         return t.shape, t.stride(), t.storage_offset()
 
     def unpack(packed: Any) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):
             return packed
-        x_hat, = closed.saved_tensors
-        std, mean = closed.features.invstd.reciprocal(), closed.features.mean
-        x = torch.empty_strided(*layout, dtype=x_dtype, device=x_hat.device)
-        torch.addcmul(mean[:, None, None], x_hat, std[:, None, None], out=x)
+        features = _start_backward(closed)
+        std, mean = features.invstd.reciprocal(), features.mean
+        x = torch.empty_strided(*layout, dtype=x_dtype, device=mean.device)
+        torch.addcmul(mean[:, None, None], features.x_hat, std[:, None, None], out=x)
         return x.as_strided(*packed)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _start_backward(closed: Any) -> Features:
+    """Give the features of `_Close` in a backward pass; the first to ask unpacks what it saved, as checkpoints want."""
+    return closed.features.current or closed.features.start_backward(closed.saved_tensors[0])
+
+
+def _refuse_batched(grad: torch.Tensor) -> None:
+    if torch._C._functorch.is_batchedtensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
+        raise RuntimeError(
+            'Training in linear memory has no batched gradients (is_grads_batched, vectorize). '
+            'Call set_grad_checkpointing(False) before the forward pass.')
 
 
 def _update_running_stats(norm: Any, mean: torch.Tensor, var: torch.Tensor) -> None:
     """Update a norm's running statistics with a batch's mean and unbiased variance."""
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
-        factor = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        factor = norm.momentum
+        if factor is None:
+            factor = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
         norm.running_var.lerp_(var.to(norm.running_var.dtype), factor)
 
@@ -162,7 +176,7 @@ class _Append(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_token: torch.Tensor) -> Any:
-        return grad_token, ctx.features.append_backward(ctx.appended).to(ctx.dtype), None
+        return grad_token, ctx.features.current.append_backward(ctx.appended).to(ctx.dtype), None
 
 
 class _Layer(Function):
@@ -197,7 +211,7 @@ class _Layer(Function):
     @once_differentiable
     def backward(ctx: Any, grad_token: Optional[torch.Tensor], grad: Any) -> Any:
         weight1, bias1, conv1, weight2, conv2, bottleneck, *stats = ctx.saved_tensors
-        features, needs = ctx.features, ctx.needs_input_grad
+        features, needs = ctx.features.current, ctx.needs_input_grad
         if ctx.appended is not None:
             grad_appended = features.append_backward(ctx.appended)
             grad = grad_appended if grad is None else grad + grad_appended
@@ -232,9 +246,9 @@ class _Tail(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        features = ctx.features
+        _refuse_batched(grad)
         x_hat, weight, bias = ctx.saved_tensors
-        features.start_backward(x_hat)
+        features = ctx.features.start_backward(x_hat)
         return features.zero, None, None, None, *features.tail_backward(grad, weight, bias, ctx.pool)
 
 
@@ -246,14 +260,14 @@ class _Close(Function):
         ctx.save_for_backward(features.x_hat)
         ctx.features = features
         features.release()
-        return x.view_as(x)
+        ctx.mark_dirty(x)  # or it would be a view, which nobody could change in place
+        return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        x_hat, = ctx.saved_tensors
-        features = ctx.features
-        features.start_backward(x_hat)
+        _refuse_batched(grad)
+        features = _start_backward(ctx)
         features.grad = torch.zeros_like(features.x_hat)
         return features.zero, grad, None
 

@@ -14,21 +14,33 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 __all__ = [
-    'TENSORS', 'has_autocast', 'has_global_hooks', 'has_hooks', 'is_plain_conv', 'is_plain_module', 'is_plain_norm',
-    'is_plain_parts', 'is_plain_transition', 'is_transformed', 'same_dtype_and_device']
+    'TENSORS', 'has_autocast', 'has_global_hooks', 'has_hooks', 'has_own_methods', 'is_plain_conv', 'is_plain_module',
+    'is_plain_norm', 'is_plain_parts', 'is_plain_transition', 'is_transformed', 'same_dtype_and_device']
 
 # What a call of a block, a layer, a transition, a convolution or a norm calls.
 _METHODS = (
     '_call_impl', 'forward', '_conv_forward', '_check_input_dim', 'any_requires_grad', 'bottleneck_fn',
     'call_checkpoint_bottleneck', 'is_memory_efficient', 'forward_memory_efficient')
+# What people replace in a class itself.
+_OF_CLASSES = (
+    (nn.Module, '__call__'), (nn.Module, '_call_impl'), (nn.Conv2d, 'forward'), (nn.Conv2d, '_conv_forward'),
+    (nn.ReLU, 'forward'), (BatchNormAct2d, 'forward'), (densenet.DenseLayer, 'bottleneck_fn'))
+_AS_DEFINED = [getattr(kind, name) for kind, name in _OF_CLASSES]
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith('_hooks'))
 TENSORS = frozenset((nn.Parameter, torch.Tensor))
 _TENSORS_OR_NONE = TENSORS | {type(None)}
 
 
 def has_global_hooks() -> bool:
-    """Tell whether hooks are registered for all modules."""
-    return bool(nn_module._has_any_global_hook())
+    """Tell whether hooks are registered for all modules, or all modules of a kind have another method."""
+    return bool(nn_module._has_any_global_hook()) or (
+        not torch.compiler.is_compiling()  # which has no list of methods
+        and [getattr(kind, name) for kind, name in _OF_CLASSES] != _AS_DEFINED)
+
+
+def has_own_methods(module: nn.Module) -> bool:
+    """Tell whether somebody gave this one module a method beside those of its kind."""
+    return any(map(vars(module).get, _METHODS))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -42,7 +54,7 @@ def is_plain_module(module: Any, *kinds: type) -> bool:
     It is of exactly one of these types, without hooks, with its type's methods, and its tensors are torch's own. This
     runs for each part of each layer at every step, so it reads dictionaries, which is faster than attributes.
     """
-    if type(module) not in kinds or has_hooks(module) or any(map(vars(module).get, _METHODS)):
+    if type(module) not in kinds or has_hooks(module) or has_own_methods(module):
         return False
     tensors = *vars(module)['_parameters'].values(), *vars(module)['_buffers'].values()
     return _TENSORS_OR_NONE.issuperset(map(type, tensors))
