@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs the interpreter of Triton 3.7: an older one's loops fail with newer versions of NumPy")
 # The interpreter multiplies no matrices of bfloat16.
 DTYPES = [torch.float16, torch.bfloat16] if DEVICE == 'cuda' else [torch.float32, torch.float16]
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 # Images, height, width, channels of the buffer, channels, outputs.
 SHAPES = [(2, 14, 14, 96, 64, 128), (3, 7, 9, 50, 37, 8), (1, 5, 4, 240, 144, 192), (5, 1, 1, 48, 32, 16),
           (4, 3, 1, 48, 32, 16)]
@@ -145,9 +145,8 @@ def test_statistics_far_from_zero(kernels, dtype):
     weight = (1 + torch.rand(32, 16, 1, 1, device=DEVICE) / 10).to(dtype)
     out, stats = kernels.affine_conv_norm(x, ones, ones, weight, *torch.ones(2, 32, device=DEVICE), 1e-5)
     var, mean = torch.var_mean(out.double(), (0, 2, 3))
-    ratio = (mean.square() / var).mean()
-    assert ratio > 2500
-    assert relative_error(stats[1], var) < 4 * ratio * 2 ** -23  # as float16 itself rounds
+    assert (mean.square() / var).mean() > 2500
+    assert relative_error(stats[1], var) < 1e-5
     assert relative_error(stats[0], mean) < 1e-6
 
 

@@ -221,10 +221,7 @@ def _affine_conv_kernel(x, scale, shift, weight, bias, out, partial, M, C, N, st
         total = _relu(total + _load_channels(bias, outputs, N))
     else:
         total = total.to(out.dtype.element_ty).to(tl.float32)  # statistics of what is stored
-        inside = tl.where((rows < M)[:, None], total, 0)
-        mean = tl.sum(inside, 0) / tl.minimum(M - block * BLOCK_M, BLOCK_M)
-        # In so few rows, one pass errs no more than float16 itself rounds.
-        squares = tl.maximum(tl.sum(inside * inside, 0) - tl.sum(inside, 0) * mean, 0)
+        _, mean, squares = _moments(tl.where((rows < M)[:, None], total, 0), rows, M)
         tl.store(partial + block * 2 * N + outputs, mean, outputs < N)
         tl.store(partial + block * 2 * N + N + outputs, squares, outputs < N)
     _store(out, total, rows, outputs, M, N, N)
