@@ -37,10 +37,16 @@ class Features:
         self.eps = eps
         self.filled = 0
         self.grad: Any = None
-        self.zeros: Any = None
-        self.ones: Any = None
         self.scratch: Any = None
         self.passes: Dict[int, Features] = {}  # by the numbers that autograd gives them
+
+    @functools.cached_property
+    def zeros(self) -> torch.Tensor:
+        return torch.zeros_like(self.mean)
+
+    @functools.cached_property
+    def ones(self) -> torch.Tensor:
+        return torch.ones_like(self.mean)
 
     def append(self, x: torch.Tensor) -> slice:
         """Normalise new features (B, C, H, W) into the buffer; give the channels that they have there."""
@@ -86,7 +92,6 @@ class Features:
         """Give a backward pass its state, with the buffer as it was saved, until the pass ends, wherever that is."""
         state = copy.copy(self)
         state.x_hat, state.grad = x_hat, None
-        state.zeros, state.ones = torch.zeros_like(self.mean), torch.ones_like(self.mean)
         number = torch._C._current_graph_task_id()
         if number >= 0:  # else somebody looks at a saved tensor
             self.passes[number] = state
@@ -133,41 +138,38 @@ class Features:
         _, _, scale, shift = stats
         return affine_relu(x, _channels(scale, x.dtype), _channels(shift, x.dtype))
 
-    def bottleneck_backward(
-            self,
-            grad: torch.Tensor,
-            channels: int,
-            params: Any,
-            x: torch.Tensor,
-            stats: Stats,
-            out: torch.Tensor,
-            norm: Any,
-            needs_conv1: bool,
-    ) -> Any:
-        """Add the gradient of a layer's bottleneck to the features'.
+    def activate_backward(self, grad: Any, x: Any, stats: Stats, out: Any, weight: Any, eps: float) -> Any:
+        """Give the gradients of x, and of its norm's weight and bias, from that of `out`.
 
         Args:
             grad: Gradient of `out`, which may be changed in place.
-            channels: How many of the features the bottleneck reads.
-            params: The layer's (weight1, bias1, conv1, weight2).
             x: The bottleneck.
             stats: Its statistics.
             out: What `activate` gave.
-            norm: The second norm.
+            weight: The norm's.
+            eps: The norm's.
+        """
+        mean, invstd, _, _ = stats
+        relu_backward_(grad, out)
+        return torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, invstd, True, eps, [True, True, True])
+
+    def bottleneck_backward(self, grad: Any, channels: int, params: Any, needs_conv1: bool) -> Any:
+        """Add the gradient of a layer's bottleneck to the features'.
+
+        Args:
+            grad: That gradient.
+            channels: How many of the features the bottleneck reads.
+            params: As given to `bottleneck`.
             needs_conv1: Whether conv1's gradient is asked for.
 
         Returns:
-            Gradients of weight1, bias1, conv1, weight2 and bias2.
+            Gradients of weight1, bias1 and conv1.
         """
-        weight1, bias1, conv1, weight2 = params
-        mean, invstd, _, _ = stats
-        relu_backward_(grad, out)
-        grad, grad_weight2, grad_bias2 = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight2, None, None, mean, invstd, True, norm.eps, [True, True, True])
+        weight1, bias1, conv1 = params
         out = self.read(channels, weight1, bias1, scratch=True)
         grad, grad_conv1 = conv1x1_backward(grad, out, conv1, needs_conv1)
-        grad_weight1, grad_bias1 = self.add_grad(grad, weight1, bias1, out)
-        return grad_weight1, grad_bias1, grad_conv1, grad_weight2, grad_bias2
+        return *self.add_grad(grad, weight1, bias1, out), grad_conv1
 
     def read(self, channels: int, weight: torch.Tensor, bias: torch.Tensor, scratch: bool) -> torch.Tensor:
         """Compute relu(weight * x_hat + bias) for the first channels, where asked in memory that is used again."""
@@ -244,23 +246,12 @@ class KernelFeatures(Features):
         x = x.contiguous(memory_format=torch.channels_last)  # as hooks may not give it
         return self.kernels.affine(x, stats[0][3], stats[0][4], torch.empty_like(x))
 
-    def bottleneck_backward(
-            self,
-            grad: torch.Tensor,
-            channels: int,
-            params: Any,
-            x: torch.Tensor,
-            stats: Stats,
-            out: torch.Tensor,
-            norm: Any,
-            needs_conv1: bool,
-    ) -> Any:
-        weight1, bias1, conv1, _ = params
+    def activate_backward(self, grad: Any, x: Any, stats: Stats, out: Any, weight: Any, eps: float) -> Any:
         grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
-        grad, grad_weight2, grad_bias2 = self.kernels.norm_relu_backward(grad, x, stats[0])
-        grad_weight1, grad_bias1, grad_conv1 = self.kernels.affine_conv_backward(
-            grad, self.x_hat[:, :channels], weight1, bias1, conv1, self.grad)
-        return grad_weight1, grad_bias1, grad_conv1, grad_weight2, grad_bias2
+        return self.kernels.norm_relu_backward(grad, x, stats[0])
+
+    def bottleneck_backward(self, grad: Any, channels: int, params: Any, needs_conv1: bool) -> Any:
+        return self.kernels.affine_conv_backward(grad, self.x_hat[:, :channels], *params, self.grad)
 
     def tail(self, weight: torch.Tensor, bias: torch.Tensor, pool: bool) -> torch.Tensor:
         b, c, h, w = self.x_hat.shape

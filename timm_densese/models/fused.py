@@ -73,8 +73,7 @@ _CONV2: Any = {}, {}, (3, 3), (1, 1), (1, 1), (1, 1), 1, 'zeros'
 
 def _is_as_built(conv: Any, attributes: Any) -> bool:
     """Tell whether a convolution has these attributes, and nobody watches it or has replaced a part."""
-    state = conv.__dict__
-    return type(conv) is nn.Conv2d and _read_conv(state) == attributes and not has_own_methods(conv)
+    return type(conv) is nn.Conv2d and _read_conv(conv.__dict__) == attributes and not has_own_methods(conv)
 
 
 class NormConv(nn.Module):
@@ -135,9 +134,8 @@ def _read_layer(layer: Any) -> Optional[Tuple[Any, ...]]:
     if type(layer) is not _FusedLayer or type(norm_conv) is not NormConv:
         return None
     conv1: Any = norm_conv._modules['conv']
-    states = layer.__dict__, norm_conv.__dict__
     if (
-        _read_hooks(states[0]) != _NO_HOOKS or _read_hooks(states[1]) != _NO_HOOKS
+        _read_hooks(layer.__dict__) != _NO_HOOKS or _read_hooks(norm_conv.__dict__) != _NO_HOOKS
         or has_own_methods(layer) or has_own_methods(norm_conv)
         or not _is_as_built(conv1, _CONV1) or not _is_as_built(conv2, _CONV2)
     ):

@@ -218,9 +218,9 @@ class _Layer(Function):
         out = features.activate(bottleneck, stats)
         grad, grad_conv2, _ = torch.ops.aten.convolution_backward(
             grad, out, conv2, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, needs[10], False])
-        grads = features.bottleneck_backward(
-            grad, ctx.channels, (weight1, bias1, conv1, weight2), bottleneck, stats, out, ctx.layer.norm2, needs[7])
-        return features.zero, None, None, None, None, *grads, grad_conv2
+        grad, *grads2 = features.activate_backward(grad, bottleneck, stats, out, weight2, ctx.layer.norm2.eps)
+        grads1 = features.bottleneck_backward(grad, ctx.channels, (weight1, bias1, conv1), needs[7])
+        return features.zero, None, None, None, None, *grads1, *grads2, grad_conv2
 
 
 class _Tail(Function):
