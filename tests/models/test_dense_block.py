@@ -1,5 +1,6 @@
 """A block in linear memory steps aside for what is not exactly timm's."""
 import copy
+import importlib.util
 from types import MethodType
 
 import pytest
@@ -24,6 +25,8 @@ from nets import (
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.models import densenet, reparameterize_model
 from torch.nn.utils.parametrize import register_parametrization
+
+from timm_densese.models import plain as plain_module
 
 
 def dense(model):
@@ -70,6 +73,7 @@ OTHERS = {
     'forward': lambda m: setattr(dense(m).conv1, 'forward', MethodType(forward, dense(m).conv1)),
     'part of it': lambda m: setattr(dense(m), 'bottleneck_fn', MethodType(bottleneck_fn, dense(m))),
     'another module': lambda m: dense(m).add_module('extra', nn.Identity()),
+    'a child that is not called': lambda m: dense(m).add_module('se', nn.Tanh()),
     'hook': lambda m: dense(m).conv1.register_forward_hook(lambda module, args, out: out * 2),
     'pre-hook': lambda m: dense(m).norm1.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
     'hook on a layer': lambda m: dense(m).register_forward_hook(lambda module, args, out: out * 2),
@@ -130,7 +134,13 @@ def _override(block):
     block.forward = lambda x: forward(x).sin()
 
 
-@pytest.mark.parametrize('change', [_sine, _override])
+def _compile(block):
+    block.compile(backend=lambda graph, _: graph.forward)
+    compiled = block._compiled_call_impl
+    block._compiled_call_impl = lambda x: compiled(x).sin()  # so that the call is seen
+
+
+@pytest.mark.parametrize('change', [_sine, _override, _compile])
 def test_a_block_of_another_kind_is_called(change):
     plain, linear = pair(create())
     for model in (plain, linear):
@@ -155,6 +165,30 @@ def test_methods_of_all_convolutions_are_called(monkeypatch):
     assert_same_step((out, grads, {}), (expected, expected_grads, {}))
     with torch.no_grad():
         assert relative_error(fused(x.float()), model(x.float())) < 1e-5
+
+
+@pytest.mark.parametrize(('kind', 'name'), [
+    (densenet.DenseLayer, 'forward'), (nn.AvgPool2d, 'forward'), (nn.Sequential, 'forward'), (nn.Conv2d, '__call__')])
+def test_replaced_methods_of_a_class_are_called(monkeypatch, kind, name):
+    plain, linear = pair(create())
+    model = trained()
+    method = getattr(kind, name)
+    monkeypatch.setattr(kind, name, lambda module, x: method(module, x) * 1.5)
+    x = images()
+    (out, grads, _), (expected, expected_grads, _) = step(linear, x), step(plain, x)
+    assert_same_step((out, grads, {}), (expected, expected_grads, {}))
+    assert len(blocks(reparameterize_model(model))) == 3  # none is folded
+
+
+def test_methods_that_were_replaced_before_the_import(monkeypatch):
+    monkeypatch.setattr(nn.Conv2d, '_conv_forward', _circular)
+    spec = importlib.util.spec_from_file_location('timm_densese.models.imported_later', plain_module.__file__)
+    later = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(later)
+    assert later.has_global_hooks()
+    assert plain_module.has_global_hooks()
+    monkeypatch.undo()
+    assert not plain_module.has_global_hooks()
 
 
 def test_types_that_differ_step_aside():

@@ -11,6 +11,7 @@ from nets import CHANNELS_LAST, assert_same_step, create, images, pair, step, tr
 from timm.layers import convert_sync_batchnorm
 from timm.models import reparameterize_model
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_densese import SE_PLACEMENTS
 
@@ -37,6 +38,17 @@ def process():
 
 def on_device(*things):
     return [thing.to(DEVICE) for thing in things]
+
+
+def test_floating_point_operations_are_counted():
+    """In 16 bits, where kernels would run that no counter sees."""
+    counts = []
+    for device in ('cpu', DEVICE):
+        fused = reparameterize_model(trained()).to(device, torch.bfloat16)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            fused(images(1, dtype=torch.bfloat16).to(device))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize('layout', [CHANNELS_LAST, torch.contiguous_format])

@@ -188,6 +188,30 @@ def test_all_hooks_fire(everywhere):
     assert fired >= convs
 
 
+@torch.no_grad()
+def test_hooks_keep_what_they_read():
+    """The ReLUs behind what a hook reads are not in place."""
+    fused, kept = reparameterize_model(trained()), {}
+    for name, m in fused.named_modules():
+        if isinstance(m, nn.Conv2d) and '.se' not in name:  # timm's SE has a ReLU in place
+            m.register_forward_hook(lambda m, args, out, name=name: kept.update({name: (out, out.clone())}))
+    for x in images(2, dtype=torch.float32), images(2, dtype=torch.bfloat16):
+        fused.to(x.dtype)(x)
+        assert all(torch.equal(out, then) for out, then in kept.values())
+
+
+def test_an_attention_that_is_a_function_is_called():
+    fused, x = reparameterize_model(trained()), images(2, dtype=torch.float32)
+    layer(fused).se = torch.tanh
+    with torch.no_grad():
+        out = fused(x)
+    assert relative_error(out, fused(x)) < 1e-5
+
+
+def test_all_of_a_fused_model_is_in_its_mode():
+    assert not any(m.training for m in reparameterize_model(trained(se_placement='stage')).modules())
+
+
 def test_floating_point_operations_are_counted():
     fused = reparameterize_model(trained(growth_rate=32, block_config=(6, 12)))
     counts = []
@@ -319,6 +343,10 @@ OTHERS = {
     'layer of a subclass': lambda m: setattr(dense(m), '__class__', OtherLayer),
     'layernorm': lambda m: setattr(dense(m), 'norm1', timm.layers.LayerNorm2d(16).eval()),
     'types': lambda m: dense(m).norm1.double(),
+    'a child that is not called': lambda m: dense(m).add_module('se', nn.Tanh()),
+    'norm in training': lambda m: dense(m).norm2.train(),
+    'norm of the stem in training': lambda m: m.features.norm0.train(),
+    'transition in training': lambda m: m.features.transition1.train(),
 }
 
 

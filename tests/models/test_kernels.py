@@ -195,6 +195,14 @@ def test_other_layouts_are_refused(kernels):
         kernels.affine(x, ones, ones, torch.empty_like(x))
 
 
+def test_sizes_that_do_not_fit_are_refused(kernels):
+    x = torch.randn(2, 16, 4, 4, device=DEVICE).to(memory_format=torch.channels_last)
+    ones, weight = torch.ones(16, device=DEVICE), torch.ones(8, 16, 1, 1, device=DEVICE)
+    for scale, shift, w in ((ones[:8], ones, weight), (ones, ones[:8], weight), (ones, ones, weight[:, :8])):
+        with pytest.raises(ValueError, match='16 channels'):
+            kernels.affine_conv(x, scale, shift, w, ones[:8])
+
+
 def test_fused_by_kernels(kernels):
     model, x = trained(block_config=(1, 2)).to(DEVICE), images(2, dtype=torch.float32, size=36).to(DEVICE)
     fused_model = reparameterize_model(model)

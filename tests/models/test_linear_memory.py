@@ -2,7 +2,7 @@
 import copy
 import gc
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import forked
 import pytest
@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from conftest import relative_error, two_processes
 from memory import saved_megabytes  # benchmarks/memory.py
-from nets import aside, assert_same_step, blocks_are_memory_efficient, create, images, pair, step
+from nets import aside, assert_same_step, blocks, blocks_are_memory_efficient, create, images, pair, step
 from timm.models import densenet
 from timm.utils import ModelEmaV3
 from torch.autograd import forward_ad
@@ -81,11 +81,17 @@ def test_gradcheck(tail):
 
 
 def test_double_backward_says_that_it_does_not():
-    _, linear = pair(create())
+    """Also where no gradient that comes in needs one, which torch's own refusal would not see."""
+    _, linear = pair(create(se_placement='stage'))
     x = images(2).requires_grad_()
-    grad, = torch.autograd.grad(linear(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='differentiate twice'):
-        grad.sum().backward()
+    message = r'no second derivatives .*set_grad_checkpointing\(False\)'
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(linear(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=message):  # does not reach the block
+        torch.autograd.grad(linear.features(x).sum(), linear.features.se3.fc2.weight, create_graph=True)
+    linear.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=message):
+        torch.autograd.grad(linear(x)[:, 0].sum(), x, create_graph=True)
 
 
 @pytest.mark.slow
@@ -300,6 +306,83 @@ def test_features_may_change_in_place():
         model.features.denseblock1.register_forward_hook(lambda module, args, out: out.mul_(2))
     x = images()
     assert_same_step(step(linear, x), step(plain, x))
+
+
+@pytest.mark.parametrize('placement', ['stage', 'final'])
+def test_features_may_change_without_autograd(placement):
+    plain, linear = pair(create(se_placement=placement))
+
+    def change(module, args, out):
+        out.detach()[:, ::2].mul_(3)
+
+    for model in (plain, linear):
+        for block in blocks(model):
+            block.register_forward_hook(change)
+    x = images()
+    assert_same_step(step(linear, x), step(plain, x))
+
+
+def test_weights_after_a_block_must_not_change_before_backward():
+    for model in pair(create(se_placement='stage')):
+        loss = model(images()).square().sum()
+        with torch.no_grad():
+            model.features.se1.fc2.weight.mul_(3)
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+            loss.backward()
+
+
+class Zero(nn.Module):
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+def test_an_attention_without_a_gradient():
+    model = create(se_placement='layer')
+    model.features.denseblock1.denselayer1.requires_grad_(False).se = Zero()
+    plain, linear = pair(model)
+    x = images()
+    assert_same_step(step(linear, x), step(plain, x))
+
+
+def test_a_gradient_by_another_way_says_what_to_do():
+    _, linear = pair(create(se_placement='layer'))
+    kept = []
+    linear.features.denseblock1.denselayer2.se.register_forward_hook(lambda module, args, out: kept.append(out))
+    out = linear(images())
+    with pytest.raises(RuntimeError, match=r'another way than its output.*set_grad_checkpointing\(False\)'):
+        kept[0].sum().backward(retain_graph=True)
+    (out.sum() + kept[0].sum()).backward()
+
+
+def test_backward_within_autocast():
+    """Discouraged, and timm's convolutions then compute in the forward pass's type."""
+    x, grads = images(2, dtype=torch.float32), []
+    for model in pair(create(dtype=torch.float32)):
+        loss = model.features(x).square().sum()
+        with torch.autocast('cpu', torch.bfloat16):
+            loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.features.parameters()]))
+    assert relative_error(*grads) < 1e-4
+
+
+def test_a_backward_pass_that_fails_leaves_nothing():
+    def fail(grad):
+        raise ValueError
+
+    def run():
+        with suppress(ValueError):
+            model(x).square().sum().backward()
+        return sum(isinstance(t, torch.Tensor) for t in gc.get_objects())
+
+    model, x = aside(), images()
+    model.features.denseblock2.denselayer1.conv1.weight.register_hook(fail)
+    run()
+    gc.collect()
+    gc.disable()  # memory must not wait for it
+    try:
+        assert run() == run()
+    finally:
+        gc.enable()
 
 
 def test_some_parameters_are_frozen():

@@ -32,7 +32,6 @@ from .plain import (
     is_transformed,
     same_dtype_and_device,
 )
-from .pointwise import conv1x1
 
 __all__ = ['DenseBlock', 'DenseFeatures', 'SEDenseLayer']
 
@@ -152,7 +151,14 @@ class DenseBlock(densenet.DenseBlock):
         return run(layers, x, layers[0].norm1.eps, tail, pool)
 
     def fuse(self) -> nn.Module:
-        """Give the block for inference, or this one where it is not exactly timm's (timm's reparameterize_model)."""
+        """Give the block for inference, or this one where it is not exactly timm's (timm's reparameterize_model).
+
+        A block in training stays too: whether its whole model trains is known to `DenseFeatures.fuse`.
+        """
+        return self if any(part.training for part in self.modules()) else self.fold()
+
+    def fold(self) -> nn.Module:
+        """Give the block for inference whatever mode its parts are in, or this one where it is not exactly timm's."""
         layers: List[Any] = list(self.values())
         if (
             layers and is_plain_module(self, DenseBlock) and same_dtype_and_device(self)
@@ -206,23 +212,28 @@ class DenseFeatures(nn.Sequential):
     def fuse(self) -> 'DenseFeatures':
         """Change these features for inference, as timm's reparameterize_model asks.
 
-        What is not exactly timm's stays. The children keep their names, so features are tapped in the same places.
+        What is not exactly timm's stays, and in evaluation mode what is in training mode by itself: norms that take a
+        batch's statistics, dropout that draws. The children keep their names, so features are tapped in the same
+        places.
         """
         previous: Any = None
         for name, module in list(self.named_children()):
+            if not self.training and any(part.training for part in module.modules()):
+                previous = None
+                continue
             if (
                 is_plain_module(previous, nn.Conv2d) and previous.bias is None and previous.padding_mode == 'zeros'
                 and is_plain_norm(module) and same_dtype_and_device(nn.ModuleList([previous, module]))
             ):
                 self[list(self).index(previous)] = fold_after(previous, module)
-                setattr(self, name, FusedReLU(inplace=True).train(module.training))
+                setattr(self, name, FusedReLU().train(module.training))
             elif isinstance(module, DenseBlock):
-                setattr(self, name, module.fuse())
+                setattr(self, name, module.fold())
             elif is_plain_transition(module) and same_dtype_and_device(module):
                 transition: Any = module
                 fused: nn.Module = NormConv(transition.norm, transition.conv, pool=True)
                 if hasattr(transition, 'se'):
-                    fused = nn.Sequential(OrderedDict(conv=fused, se=transition.se))
+                    fused = nn.Sequential(OrderedDict(conv=fused, se=transition.se)).train(module.training)
                 setattr(self, name, fused)
             previous = module
         return self
@@ -243,11 +254,11 @@ def _read(run: Callable[..., torch.Tensor], reader: Any, x: torch.Tensor) -> tor
     if isinstance(reader, BatchNormAct2d):
         return run(x, reader)
     # A 1x1 convolution and an average commute: pooled first, the convolution has a quarter of the work.
-    x = conv1x1(run(x, reader.norm, pool=True), reader.conv.weight)
+    x = F.conv2d(run(x, reader.norm, pool=True), reader.conv.weight)
     return reader.se(x) if hasattr(reader, 'se') else x
 
 
-def _reads_normalised(norm: Any, eps: Optional[float] = None) -> bool:
+def _reads_normalised(norm: Any, eps: Optional[float]) -> bool:
     return is_plain_norm(norm) and norm.training and eps in (None, norm.eps)
 
 

@@ -92,6 +92,7 @@ class Features:
         """Give a backward pass its state, with the buffer as it was saved, until the pass ends, wherever that is."""
         state = copy.copy(self)
         state.x_hat, state.grad = x_hat, None
+        state.passes = {}  # not those that hold it: a pass that fails would leave a cycle
         number = torch._C._current_graph_task_id()
         if number >= 0:  # else somebody looks at a saved tensor
             self.passes[number] = state

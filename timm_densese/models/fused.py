@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .plain import TENSORS, has_global_hooks, has_own_methods, is_transformed
-from .pointwise import affine_relu, conv1x1, find_kernels, has_few_pixels, relu_
+from .pointwise import affine_relu, conv1x1, find_kernels, has_few_pixels, relu, relu_
 
 __all__ = ['FusedDenseBlock', 'FusedReLU', 'NormConv', 'fold_after']
 
@@ -50,15 +50,20 @@ def _is_only_run(x: torch.Tensor) -> bool:
 
 
 @torch.jit.ignore
+def _relu(x: torch.Tensor) -> torch.Tensor:
+    return relu(x) if _is_only_run(x) else x.relu()
+
+
+@torch.jit.ignore
 def _relu_(x: torch.Tensor) -> torch.Tensor:
     return relu_(x) if _is_only_run(x) else x.relu_()
 
 
 class FusedReLU(nn.ReLU):
-    """ReLU in place, in the quickest way where nothing looks at the operators."""
+    """ReLU in the quickest way where nothing looks at the operators; not in place, as a hook may keep what it reads."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.relu_() if torch.jit.is_scripting() else _relu_(x)
+        return x.relu() if torch.jit.is_scripting() else _relu(x)
 
 
 # What a module must have for its parameters to be all that it computes with.
@@ -118,7 +123,7 @@ class _FusedLayer(nn.Module):
         self.train(layer.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv2(self.conv1(x).relu_())
+        x = self.conv2(self.conv1(x).relu())  # not in place, as a hook may keep what conv1 gave
         return x if self.se is None else self.se(x)
 
 
@@ -137,6 +142,7 @@ def _read_layer(layer: Any) -> Optional[Tuple[Any, ...]]:
     if (
         _read_hooks(layer.__dict__) != _NO_HOOKS or _read_hooks(norm_conv.__dict__) != _NO_HOOKS
         or has_own_methods(layer) or has_own_methods(norm_conv)
+        or layer.__dict__.get('se') is not None  # a function, which is no module
         or not _is_as_built(conv1, _CONV1) or not _is_as_built(conv2, _CONV2)
     ):
         return None

@@ -460,6 +460,9 @@ def _affine_conv(
 ) -> Tuple[torch.Tensor, Any]:
     M, C, stride = _matrix(x)
     N = weight.shape[0]
+    if not weight.shape[1] == len(scale) == len(shift) == C:
+        sizes = f'weights for {weight.shape[1]}, {len(scale)} scales and {len(shift)} shifts'
+        raise ValueError(f'Features of {C} channels meet {sizes}.')
     block = min(128, max(16, _power_of_2(N)))
     out = _empty((x.shape[0], N, *x.shape[2:]), x)
     blocks = _ceil_div(M, _CONV['BLOCK_M'])

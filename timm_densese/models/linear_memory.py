@@ -17,7 +17,6 @@ from typing import Any, List, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .features import Features, create_features
 
@@ -56,17 +55,28 @@ def restore(x: torch.Tensor) -> AbstractContextManager[Any]:
     if type(x.grad_fn) is not _Close._backward_cls:  # type: ignore[attr-defined]
         return nullcontext()
     closed: Any = x.grad_fn
+    if closed.version != x._version:  # somebody changed the features without autograd
+        return nullcontext()
     storage, version = x.untyped_storage().data_ptr(), x._version
     layout, x_dtype = (x.shape, x.stride()), x.dtype  # not x, which these functions would keep
 
     def pack(t: torch.Tensor) -> Any:
         if t.untyped_storage().data_ptr() != storage or t._version != version or t.dtype != x_dtype:
-            return t.detach()  # not t: an output that its own graph holds would never be freed
+            t = t.detach()  # an output that its own graph holds would never be freed
+            return t, t._version
         return t.shape, t.stride(), t.storage_offset()
 
     def unpack(packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
+        if torch._C._current_graph_task_id() >= 0:  # else somebody looks at a saved tensor
+            _refuse_second_derivatives()
+        if isinstance(packed[0], torch.Tensor):
+            t, version = packed
+            if t._version != version:  # as autograd says it
+                raise RuntimeError(
+                    'one of the variables needed for gradient computation has been modified by an inplace operation: '
+                    f'a tensor of shape {tuple(t.shape)} is at version {t._version}; expected version {version} '
+                    'instead. It is one that an attention or a transition after a dense block saved.')
+            return t
         features = _start_backward(closed)
         std, mean = features.invstd.reciprocal(), features.mean
         x = torch.empty_strided(*layout, dtype=x_dtype, device=mean.device)
@@ -79,6 +89,22 @@ def restore(x: torch.Tensor) -> AbstractContextManager[Any]:
 def _start_backward(closed: Any) -> Features:
     """Give the features of `_Close` in a backward pass; the first to ask unpacks what it saved, as checkpoints want."""
     return closed.features.current or closed.features.start_backward(closed.saved_tensors[0])
+
+
+def _read_features(ctx: Any) -> Features:
+    features = ctx.features.current
+    if features is None:
+        raise RuntimeError(
+            'A gradient reaches a layer of a dense block by another way than its output, as from a hook in it, which '
+            'training in linear memory cannot compute. Call set_grad_checkpointing(False) before the forward pass.')
+    return features
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            'Training in linear memory has no second derivatives (create_graph). '
+            'Call set_grad_checkpointing(False) before the forward pass.')
 
 
 def _refuse_batched(grad: torch.Tensor) -> None:
@@ -174,9 +200,8 @@ class _Append(Function):
         return features.zero.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_token: torch.Tensor) -> Any:
-        return grad_token, ctx.features.current.append_backward(ctx.appended).to(ctx.dtype), None
+        return grad_token, _read_features(ctx).append_backward(ctx.appended).to(ctx.dtype), None
 
 
 class _Layer(Function):
@@ -208,10 +233,11 @@ class _Layer(Function):
         return features.zero.detach(), out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_token: Optional[torch.Tensor], grad: Any) -> Any:
+        if grad is None and ctx.appended is None:  # of an attention without a gradient
+            return grad_token, *[None] * 10
         weight1, bias1, conv1, weight2, conv2, bottleneck, *stats = ctx.saved_tensors
-        features, needs = ctx.features.current, ctx.needs_input_grad
+        features, needs = _read_features(ctx), ctx.needs_input_grad
         if ctx.appended is not None:
             grad_appended = features.append_backward(ctx.appended)
             grad = grad_appended if grad is None else grad + grad_appended
@@ -244,8 +270,8 @@ class _Tail(Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        _refuse_second_derivatives()
         _refuse_batched(grad)
         x_hat, weight, bias = ctx.saved_tensors
         features = ctx.features.start_backward(x_hat)
@@ -264,8 +290,8 @@ class _Close(Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        _refuse_second_derivatives()
         _refuse_batched(grad)
         features = _start_backward(ctx)
         features.grad = torch.zeros_like(features.x_hat)
@@ -313,5 +339,7 @@ def _apply(features: Features, layers: List[Any], x: torch.Tensor, tail: Any, po
         if tail is None:
             outputs.append(new_features)
     if tail is None:
-        return _Close.apply(token, torch.cat(outputs, 1), features)
+        out = _Close.apply(token, torch.cat(outputs, 1), features)
+        out.grad_fn.version = out._version
+        return out
     return _Tail.apply(token, features, tail, pool, tail.weight, tail.bias)

@@ -20,12 +20,16 @@ __all__ = [
 # What a call of a block, a layer, a transition, a convolution or a norm calls.
 _METHODS = (
     '_call_impl', 'forward', '_conv_forward', '_check_input_dim', 'any_requires_grad', 'bottleneck_fn',
-    'call_checkpoint_bottleneck', 'is_memory_efficient', 'forward_memory_efficient')
+    'call_checkpoint_bottleneck', 'is_memory_efficient', 'forward_memory_efficient', '_compiled_call_impl')
 # What people replace in a class itself.
 _OF_CLASSES = (
-    (nn.Module, '__call__'), (nn.Module, '_call_impl'), (nn.Conv2d, 'forward'), (nn.Conv2d, '_conv_forward'),
-    (nn.ReLU, 'forward'), (BatchNormAct2d, 'forward'), (densenet.DenseLayer, 'bottleneck_fn'))
-_AS_DEFINED = [getattr(kind, name) for kind, name in _OF_CLASSES]
+    (nn.Module, '__call__'), (nn.Module, '_call_impl'), (nn.Conv2d, '__call__'), (nn.Conv2d, 'forward'),
+    (nn.Conv2d, '_conv_forward'), (nn.ReLU, 'forward'), (nn.AvgPool2d, 'forward'), (nn.Sequential, 'forward'),
+    (BatchNormAct2d, 'forward'), (densenet.DenseLayer, 'forward'), (densenet.DenseLayer, 'bottleneck_fn'))
+# None, which no method is, where somebody had replaced it before.
+_AS_DEFINED = [
+    method if getattr(method, '__globals__', {}).get('__name__', '').startswith(('torch.', 'timm.')) else None
+    for method in (getattr(kind, name) for kind, name in _OF_CLASSES)]
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith('_hooks'))
 TENSORS = frozenset((nn.Parameter, torch.Tensor))
 _TENSORS_OR_NONE = TENSORS | {type(None)}
@@ -85,7 +89,7 @@ def is_plain_parts(layer: Any) -> bool:
     """Tell whether a dense layer's norms and convolutions are timm's, with nothing between, and fit each other."""
     parts = layer._modules
     return (
-        list(parts) in (['norm1', 'conv1', 'norm2', 'conv2'], ['norm1', 'conv1', 'norm2', 'conv2', 'se'])
+        list(parts) == ['norm1', 'conv1', 'norm2', 'conv2', *(['se'] if type(layer) is not densenet.DenseLayer else [])]
         and is_plain_norm(parts['norm1']) and is_plain_conv(parts['conv1'], 1)
         and is_plain_norm(parts['norm2']) and is_plain_conv(parts['conv2'], 3))
 

@@ -6,24 +6,28 @@ from typing import Any, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-__all__ = ['affine_relu', 'conv1x1', 'conv1x1_backward', 'find_kernels', 'has_few_pixels', 'relu_', 'relu_backward_']
+__all__ = [
+    'affine_relu', 'conv1x1', 'conv1x1_backward', 'find_kernels', 'has_few_pixels', 'relu', 'relu_', 'relu_backward_']
 
 # Minus infinity read as an integer. Above it, among the negative integers, are the negative NaNs alone.
 _MINUS_INFINITY = {torch.bfloat16: -128, torch.float16: -1024}
 
 
-def relu_(x: torch.Tensor) -> torch.Tensor:
-    """Compute ReLU in place.
+def relu(x: torch.Tensor) -> torch.Tensor:
+    """Compute ReLU.
 
     A CPU converts types of 16 bits to float32 and back. Read as integers, they are compared three times as fast, with
     the same result; NaNs stay NaNs.
 
     Args:
         x: Any shape.
-
-    Returns:
-        x.
     """
+    minus_infinity = _MINUS_INFINITY.get(x.dtype) if x.is_cpu else None
+    return x.relu() if minus_infinity is None else torch.threshold(x.view(torch.int16), minus_infinity, 0).view(x.dtype)
+
+
+def relu_(x: torch.Tensor) -> torch.Tensor:
+    """Compute ReLU in place, as above; gives x."""
     minus_infinity = _MINUS_INFINITY.get(x.dtype) if x.is_cpu else None
     if minus_infinity is None:
         return x.relu_()
@@ -85,7 +89,14 @@ def find_kernels(x: torch.Tensor, dtype: torch.dtype) -> Any:
         x: Features.
         dtype: What they are computed in.
     """
-    return _import_kernels(x.get_device()) if x.is_cuda and dtype in _MINUS_INFINITY and x.numel() else None
+    if not (x.is_cuda and dtype in _MINUS_INFINITY and x.numel()) or _are_operators_watched():
+        return None
+    return _import_kernels(x.get_device())
+
+
+def _are_operators_watched() -> bool:
+    """Tell whether something sees every operator, as torch's counter of operations does; it sees no kernel."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 @functools.lru_cache(maxsize=None)
@@ -138,8 +149,9 @@ def conv1x1_backward(
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """Compute the gradients of x and, if needed, of the weight, from that of what `conv1x1` gave."""
     if has_few_pixels(x):
-        grad_weight = torch.mm(_pixels(grad).t(), _pixels(x)).view_as(weight) if needs_weight else None
-        return _product(grad, weight.transpose(0, 1)), grad_weight
+        with torch.autocast(x.device.type, enabled=False):  # which changes the types of products, of convolutions not
+            grad_weight = torch.mm(_pixels(grad).t(), _pixels(x)).view_as(weight) if needs_weight else None
+            return _product(grad, weight.transpose(0, 1)), grad_weight
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad, x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, needs_weight, False])
     return grad_x, grad_weight
