@@ -127,12 +127,12 @@ def test_a_peer_that_fails_is_a_row(tmp_path):
 def test_a_worker_says_what_failed():
     fails, ends, late = (Worker(
         'infer', name, 'eager', 'float32', 1, 32, threads=1, nice=0) for name in ('no_such_net', 'densenet121', ''))
+    ends.process.kill()  # before it can have built anything
     late.wait(time.monotonic())
     assert late.error == 'not built in time'
     assert late.process.wait() == -signal.SIGKILL
     fails.wait(time.monotonic() + 120)
     assert 'Unknown model (no_such_net)' in fails.error
-    ends.process.kill()
     ends.wait(time.monotonic() + 120)
     assert ends.error == 'its process ended with status -9'
 

@@ -241,6 +241,17 @@ def test_an_order_that_is_not_known_is_asked_for(trained, tmp_path, capsys):
         assert 'spots' in capsys.readouterr().out.split('  ', 1)[1]
     with pytest.raises(CheckpointError, match='--class-names are 1'):
         load_model(model, class_names=['spots'])
+    assert load_model(model, data=trained[0]).label_names == ['spots', 'stripes']
+    # Other readers than timm's of folders, and class maps, have orders of their own.
+    for name, value in (('dataset', 'torch/folder'), ('class_map', 'classes.txt')):
+        saved['args'].data_dir = str(trained[0])
+        setattr(saved['args'], name, value)
+        torch.save(saved, tmp_path / 'other.pth.tar')
+        assert not load_model(str(tmp_path / 'other.pth.tar')).label_names
+        with pytest.raises(CheckpointError, match=f'does not tell the order .*{value}.*--class-names'):
+            load_model(str(tmp_path / 'other.pth.tar'), data=trained[0])
+        delattr(saved['args'], name)
+    saved['args'].data_dir = '/not/on/this/machine'
     # Where the folder that it was trained on is there, its order is timm's: natural, without case.
     for name in ('b10', 'B9'):
         (tmp_path / 'data' / 'Train' / name).mkdir(parents=True)

@@ -171,6 +171,9 @@ def test_images_that_were_trained_on_and_are_gone_are_told(tmp_path):
                      resamples=20, workers=0)
     assert 'val/ chose the epoch of the training: its scores are no test.' in found['warnings']
     assert not any('no longer' in w for w in told('first', tmp_path / 'seed0'))  # moved, and found by what it holds
+    found = evaluate(str(tmp_path / 'first' / 'last.pth.tar'), tmp_path / 'seed0', tmp_path / 'compared', resamples=20,
+                     workers=0, compare=str(tmp_path / 'second' / 'last.pth.tar'))
+    assert any(w.startswith('second/last.pth.tar: LEAK') for w in found['warnings'])
 
 
 @pytest.mark.slow
@@ -323,6 +326,28 @@ def test_a_threshold_from_val_and_scores_by_site(trained, tmp_path, capsys):
                  str(tmp_path / 'report' / 'metrics.json')]) == 0
     said = {row['file']: row['called'] for row in json.loads(capsys.readouterr().out)['predictions']}
     assert said == {str(split / row['file']): c for row, c in zip(results['predictions'], called, strict=True)}
+
+
+def test_the_rarer_class_is_counted_by_name(trained, tmp_path):
+    """In a model whose outputs are in another order than the folders."""
+    shutil.copytree(trained[0], tmp_path / 'data')
+    for path in sorted((tmp_path / 'data' / 'test' / 'spots').iterdir())[2:]:
+        path.unlink()
+    model = timm.create_model('resnet10t', num_classes=2)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
+    loaded = load_model(str(tmp_path / 'model.pth'), architecture='resnet10t', class_names=['stripes', 'spots'])
+    found = evaluate(loaded, tmp_path / 'data', tmp_path / 'out', resamples=20, workers=0, goal=Goal(sensitivity=.5))
+    assert found['threshold']['positive'] == 'spots'
+
+
+@pytest.mark.parametrize('change', [shutil.rmtree, lambda spots: spots.rename(spots.with_name('others'))])
+def test_val_has_the_models_classes(trained, tmp_path, change):
+    shutil.copytree(trained[0], tmp_path / 'data')
+    change(tmp_path / 'data' / 'val' / 'spots')
+    if not (tmp_path / 'data' / 'val' / 'others').exists():
+        shutil.rmtree(tmp_path / 'data' / 'val' / 'stripes')
+    with pytest.raises(ImagesError, match='val must hold a folder for each class'):
+        run(trained, tmp_path / 'out', data=tmp_path / 'data')
 
 
 def test_a_threshold_needs_val(trained, tmp_path):

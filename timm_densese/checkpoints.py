@@ -345,6 +345,13 @@ def _name_classes(
     if recorded and len(recorded) != outputs:
         raise CheckpointError(f'The classes of {of} are {recorded}, but it has {outputs} outputs.')
     found: List[str] = []
+    # Readers of timm's train.py other than that of folders, and class maps, have other orders.
+    ordered = '/' not in str(loaded.recipe.get('dataset') or '') and not loaded.recipe.get('class_map')
+    if data and not ordered and not recorded:
+        raise CheckpointError(
+            f'--data {data} does not tell the order of the classes, as {of} was trained with --dataset '
+            f'{loaded.recipe.get("dataset")} and --class-map {loaded.recipe.get("class_map")}. Give --class-names in '
+            f'the order of the outputs.')
     root = data or loaded.recipe.get('data_dir') or loaded.recipe.get('data')
     if root and Path(root).is_dir():
         split = Path(root) / str(loaded.recipe.get('train_split') or 'train')
@@ -359,4 +366,4 @@ def _name_classes(
     if recorded and names != recorded:
         option = '--class-names' if given else f'--data {data}'
         raise CheckpointError(f'{option} has the classes {names}, but {of} recorded {recorded}.')
-    return names or (found if len(found) == outputs else [])
+    return names or (found if ordered and len(found) == outputs else [])

@@ -1,5 +1,6 @@
 """Scores that can be trusted: with intervals by patient, calibration, leaks told, and one page that shows them."""
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Set
 
@@ -98,13 +99,16 @@ def evaluate(
     loaded = load_model(model, device)
     split = split or ('test' if (data / 'test').is_dir() else '')
     classes = _classes(loaded, data / split)
-    labels = [label for _, label in list_images(data / split).samples]
-    positive = check_goal(goal, classes, np.bincount(labels, minlength=len(classes)).tolist())
+    found = list_images(data / split)
+    counts = Counter(found.classes[label] for _, label in found.samples)
+    positive = check_goal(goal, classes, [counts[name] for name in classes])
     val = next((name for name in ('val', str(loaded.recipe.get('val_split') or '')) if (data / name).is_dir()), '')
     val = '' if val == split else val
     if positive and not val:
         raise OptionError(f'--sensitivity and --specificity choose a threshold on val/, and {data} has none beside '
                           f'{split or "what is scored"}.')
+    if val:
+        _classes(loaded, data / val)  # refuses others
     parts_of = _subgroups(subgroups, data, split) if subgroups else {}
     other = load_model(compare, device) if compare else None
     other_classes = _classes(other, data / split) if other else classes
@@ -112,8 +116,11 @@ def evaluate(
         raise ImagesError(f'{compare} has the classes {other_classes}, {loaded.source} has {classes}.')
     scored = run_split(loaded, data, split, classes, batch_size, workers)
     warnings = _leaks(scored, data, loaded.recipe)
-    if split in ('val', loaded.recipe.get('val_split')):
-        warnings.append(f'{split}/ chose the epoch of the training: its scores are no test.')
+    if other:
+        warnings += [f'{short_name(compare)}: {warning}' for warning in _leaks(scored, data, other.recipe)]
+    for by, name in ((loaded, ''), (other, f'{short_name(compare)}: ')):
+        if by and split in ('val', by.recipe.get('val_split')):
+            warnings.append(f'{name}{split}/ chose the epoch of the training: its scores are no test.')
     absent = [name for i, name in enumerate(classes) if i not in scored.labels]
     if absent:
         more = f' and {len(absent) - 10} more' if len(absent) > 10 else ''

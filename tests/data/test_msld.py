@@ -96,6 +96,13 @@ def test_download_says_what_failed_and_goes_on_from_there(tmp_path):
 
 
 @needs_msld
+def test_a_manifest_of_something_else_stays(tmp_path, capsys):
+    (tmp_path / 'manifest.csv').write_text('mine')
+    assert main(['data', 'msld', '--output', str(tmp_path), '--base-url', 'http://127.0.0.1:9']) == 1
+    assert 'manifest.csv is of something else' in capsys.readouterr().err
+    assert (tmp_path / 'manifest.csv').read_text() == 'mine'
+
+
 def test_download_without_a_server(tmp_path, capsys):
     with source({}) as (url, _):
         pass

@@ -106,6 +106,8 @@ def test_patients_that_may_be_one_are_told(tmp_path, capsys, one, other):
     (b'PK\x03\x04\x14\x00\x06\x00 rest of an .xlsx', 'is a file of Excel. Save it as CSV'),
     (as_csv([(f, 'Müller') for f, _ in PATIENTS], encoding='cp1252'), r'row 2: M\xfcller is not UTF-8'),
     (as_csv([(f'C:/data/{f}', p) for f, p in PATIENTS]), 'its first row has C:/data/A/000.png'),
+    (as_csv([(str(i), f, p) for i, (f, p) in enumerate(PATIENTS)]), 'names 2 columns, and a row has 3 cells: 0,A'),
+    (as_csv([(f, 'nevus, atypical', p) for f, p in PATIENTS], head='file,label,patient'), 'quote what holds'),
 ])
 def test_tables_that_cannot_be_read_say_why(tmp_path, content, message):
     plain_images(tmp_path / 'src', 'AB')
@@ -113,6 +115,17 @@ def test_tables_that_cannot_be_read_say_why(tmp_path, content, message):
     with pytest.raises(SplitError) as error:
         patients_of(tmp_path / 'src', groups=tmp_path / 'groups.csv')
     assert message in str(error.value)
+
+
+def test_patients_of_a_pattern_are_compared_as_those_of_a_table(tmp_path, capsys):
+    plain_images(tmp_path / 'src', 'A', name='patient7_{i}.png')
+    plain_images(tmp_path / 'src', 'B', name='Patient07_{i}.png')
+    assert set(patients_of(tmp_path / 'src', group_regex=r'(?i)(patient\d+)').values()) == {'patient7', 'Patient07'}
+    assert 'WARNING: 1 patients are written in two ways' in capsys.readouterr().out
+    for old, new in (('patient7', 'e\u0301'), ('Patient07', '\u00e9')):
+        for file in (tmp_path / 'src').rglob(f'{old}*'):
+            file.rename(file.with_name(file.name.replace(old, new)))
+    assert set(patients_of(tmp_path / 'src', group_regex='(.*)_').values()) == {'\u00e9'}
 
 
 def test_accents_of_a_mac_in_file_names(tmp_path):
@@ -289,6 +302,35 @@ def test_an_official_test_set_stays_as_it_is(tmp_path, capsys, train, test):
     counts = Counter(split for file, split in split_of.items() if file.startswith(train))
     assert counts['val'] in (8, 9)
     assert counts['train'] == 41 - counts['val']
+
+
+def test_no_folder_vanishes(tmp_path, capsys):
+    src = plain_images(tmp_path / 'src', 'ABC')
+    for file in (src / 'C').iterdir():
+        file.rename(file.with_name(f'IM{file.stem}'))
+    assert 'is an image, but its name does not end as one, so that C would be left out' in refusal(src)
+    for file in (src / 'C').iterdir():
+        file.write_text('no image')
+    find_source(src)
+    assert f'left out, no folder of images: {src / "C"}, with files such as IM000' in capsys.readouterr().out
+
+
+def test_a_third_folder_beside_an_official_test_set(tmp_path):
+    for name in ('train', 'test', 'train2'):
+        src = plain_images(tmp_path / 'src' / name, 'AB').parent
+    assert 'train2 holds images, and its name says neither train, val nor test' in refusal(src, keep_test=True)
+
+
+@pytest.mark.parametrize(('broken', 'message'), [
+    ('train', 'no image of A, B can be read'), ('train/B', 'no image of B can be read'),
+    ('test', 'None of the images of')])
+def test_official_sets_that_cannot_be_read(tmp_path, broken, message):
+    for i, name in enumerate(('train', 'test')):
+        src = plain_images(tmp_path / 'src' / name, 'AB', start=100 * i).parent
+    for file in (src / broken).rglob('*.png'):
+        file.write_bytes(b'none')
+    with pytest.raises(SplitError, match=message):
+        split_images(src, tmp_path / 'out', keep_test=True)
 
 
 def test_an_official_test_set_with_other_classes(tmp_path):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from timm_densese.cli import main
+from timm_densese.data.images import list_images
 from timm_densese.data.splits import split_images
 from timm_densese.demo import generate_images
 from timm_densese.errors import OptionError, SplitError
@@ -192,6 +193,16 @@ def test_long_names_of_long_letters(tmp_path):
         Image.new('RGB', (32, 32), (9 * i, 0, 0)).save(path)
     split_images(src, tmp_path / 'out')
     assert len(list((tmp_path / 'out').rglob('*.png'))) == 20
+
+
+def test_long_names_with_dots_are_not_hidden(tmp_path):
+    src = tmp_path / 'src'
+    for i in range(20):
+        path = src / 'ab'[i % 2] / ('1.2.' * 30) / f'{"3." * 20}{10 ** (i % 7)}.{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (32, 32), (9 * i, 0, 0)).save(path)
+    split_images(src, tmp_path / 'out')
+    assert sum(len(list_images(folder).samples) for folder in (tmp_path / 'out').iterdir() if folder.is_dir()) == 20
 
 
 @pytest.mark.slow

@@ -109,6 +109,34 @@ def test_a_run_goes_on_with_its_images_alone(small_split, tmp_path, change, mess
     assert len(read_summary(tmp_path / 'run')) == 1
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_model_and_metric_alone(small_split, tmp_path):
+    shutil.copytree(small_split, tmp_path / 'data')
+    run_training(tmp_path / 'data', tmp_path / 'run')
+    saved = load_saved(tmp_path / 'run')['args']
+    before = (tmp_path / 'run' / 'args.yaml').read_bytes()
+    for options, message in (
+            ({'model_kwargs': {**saved.model_kwargs, 'gate_layer': 'hard_sigmoid'}}, 'model args .*hard_sigmoid'),
+            ({'eval_metric': 'top1' if saved.eval_metric != 'top1' else 'loss'}, 'eval metric'),
+            ({'img_size': 64}, r'input size \[3, .*\[3, 64, 64\]'),
+            ({}, 'validated on')):
+        if not options:
+            min((tmp_path / 'data' / 'val' / 'spots').iterdir()).unlink()
+        with pytest.raises(OptionError, match=f'the run began with the {message}'):
+            run_training(tmp_path / 'data', tmp_path / 'run', epochs=2,
+                         resume=str(tmp_path / 'run' / 'last.pth.tar'), **options)
+    assert (tmp_path / 'run' / 'args.yaml').read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_finished_run_without_its_weights_is_not_written_over(small_split, tmp_path):
+    run_training(small_split, tmp_path / 'run')
+    for file in (tmp_path / 'run').glob('*.tar'):
+        file.unlink()
+    with pytest.raises(TrainingError, match=r'holds args.yaml, summary.csv, curves.png, which would be written over'):
+        run_training(small_split, tmp_path / 'run')
+
+
 def test_a_checkpoint_tells_of_itself_and_what_contradicts_it_does_not_fit(another, tmp_path):
     shutil.copytree(another.parent, tmp_path / 'run')
     args = yaml.safe_load((another.parent / 'args.yaml').read_text())

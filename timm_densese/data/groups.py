@@ -57,16 +57,8 @@ def find_patients(
         if lost:
             raise SplitError(f'{table} has no row for {len(lost)} images of {src}, the first '
                              f'{printable(lost[0].path)}. {describe_names(table)}')
-        # What looks the same is the same: blanks of any kind, and letters with their accents as one sign or as two.
-        patients = [' '.join(unicodedata.normalize('NFC', patient or '').split()) for patient in found]
-        print(f'patients: {column} of {table}; {patients.count("")} images have none there')
-        written: Dict[str, List[str]] = {}
-        for name in sorted(set(patients)):
-            written.setdefault(re.sub(r'^0+(?=\d)|\.0+$', '', name.casefold()), []).append(name)
-        alike = [names for names in written.values() if len(names) > 1]
-        if alike:
-            print(f'  WARNING: {len(alike)} patients are written in two ways, by capitals or zeros, and taken for two, '
-                  f'such as {alike[0][0]} and {alike[0][1]}')
+        patients = [patient or '' for patient in found]
+        print(f'patients: {column} of {table}; {sum(not p.strip() for p in patients)} images have none there')
     elif groups:
         raise SplitError(f'{groups} must have a column for the patient, named patient, group, lesion or the like; '
                          f'found {", ".join(read_table(groups)[0])}.')
@@ -74,8 +66,21 @@ def find_patients(
         if labels:
             print(f'patients: none of the columns of {labels} is named like one: {", ".join(read_table(labels)[0])}')
         return
+    patients = list(map(_plain, patients))
+    written: Dict[str, List[str]] = {}
+    for name in sorted(set(patients)):
+        written.setdefault(re.sub(r'(?<!\d)0+(?=\d)|\.0+$', '', name.casefold()), []).append(name)
+    alike = [names for names in written.values() if len(names) > 1]
+    if alike:
+        print(f'  WARNING: {len(alike)} patients are written in two ways, by capitals or zeros, and taken for two, '
+              f'such as {alike[0][0]} and {alike[0][1]}')
     for image, patient in zip(images, patients, strict=True):
         image.patient = patient
+
+
+def _plain(patient: str) -> str:
+    """What looks the same is the same: blanks of any kind, and letters with their accents as one sign or as two."""
+    return ' '.join(unicodedata.normalize('NFC', patient).split())
 
 
 def group_images(images: Sequence[SplitImage]) -> Pairs:

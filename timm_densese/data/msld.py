@@ -94,6 +94,10 @@ def download_msld(output: Path, base_url: str = _MSLD_URL, backoff: float = 1.) 
     print(MSLD_TERMS)
     check_writable(output, '--output')
     rows = _manifest()
+    manifest = resources.files(__package__).joinpath('msld.csv').read_bytes()
+    there = output / 'manifest.csv'
+    if there.exists() and there.read_bytes() != manifest:
+        raise DownloadError(f'{there} is of something else, and would be written over. Choose another --output.')
     stopped = Event()
 
     def fetch(row: Dict[str, str]) -> Optional[str]:
@@ -141,5 +145,5 @@ def download_msld(output: Path, base_url: str = _MSLD_URL, backoff: float = 1.) 
             f'{len(failures)} of {len(rows)} images could not be downloaded:\n  {shown}{more}\n'
             f'The others are in {output}. Run the command again to go on from there; if the source is down, point '
             f'--base-url at a copy of the repository.')
-    (output / 'manifest.csv').write_bytes(resources.files(__package__).joinpath('msld.csv').read_bytes())
+    there.write_bytes(manifest)
     print(f'{len(rows)} images in {output}, every one with the SHA-256 of the manifest.')

@@ -8,7 +8,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from ..errors import ImagesError, SplitError
 from ..files import printable
-from .images import ImageFolder, find_images, is_hidden, list_images, natural_key
+from .images import ImageFolder, find_images, is_hidden, list_images, natural_key, read_image
 from .tables import describe_names, find_column, match_files, read_table
 
 __all__ = ['SplitImage', 'find_source']
@@ -78,8 +78,25 @@ def find_source(src: Path, labels: Optional[Path] = None, keep_test: bool = Fals
 def _of_classes(folder: ImageFolder, official: bool = False) -> List[SplitImage]:
     if folder.loose:
         print(f'left out, in no class folder: {len(folder.loose)} images such as {printable(folder.loose[0])}')
+    for path in sorted(folder.root.iterdir()):
+        if path.is_dir() and not is_hidden(path.name) and path.name not in folder.classes:
+            _say_it_is_left_out(path)
     return [SplitImage(path, folder.classes[label], path.relative_to(folder.root / folder.classes[label]).as_posix(),
                        official=official) for path, label in folder.samples]
+
+
+def _say_it_is_left_out(folder: Path) -> None:
+    """Say that a folder holds nothing with an image's name, or refuse it where it holds an image all the same."""
+    file = next((p for p in sorted(folder.rglob('*')) if p.is_file() and not is_hidden(p.name)), None)
+    if file is None:
+        return
+    try:
+        read_image(file)
+    except Exception:  # PIL's decoders raise whatever they meet
+        print(f'left out, no folder of images: {printable(folder)}, with files such as {printable(file.name)}')
+        return
+    raise SplitError(f'{printable(file)} is an image, but its name does not end as one, so that {folder.name} would '
+                     f'be left out. Rename such files, to .jpg or what they are, or take the folder away.')
 
 
 def _labelled(src: Path, labels: Path) -> List[SplitImage]:
@@ -112,6 +129,11 @@ def _official(src: Path) -> List[SplitImage]:
     if 'test' not in kinds or len(kinds) < 2:
         raise SplitError(f'--keep-test takes a folder with train/ and test/; {src} holds '
                          f'{", ".join(printable(p.name) for p in sorted(src.iterdir()))[:300]}.')
+    rest = [p for p in sorted(src.iterdir()) if p.is_dir() and not is_hidden(p.name) and p not in folders]
+    for folder in rest:
+        if folder.name in list_images(src).classes:
+            raise SplitError(f'{printable(folder)} holds images, and its name says neither train, val nor test. Rename '
+                             f'it, or take it away.')
     if 'val' in kinds and 'train' in kinds:
         print(f'{", ".join(kinds["val"])} is put with {", ".join(kinds["train"])}: val is carved anew, by groups.')
     images = [image for folder in folders

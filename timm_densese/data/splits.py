@@ -146,12 +146,14 @@ def split_images(
     find_patients(known, src, groups, group_regex, labels)
     _read(known)
     good = [image for image in images if not image.error]
-    counts = Counter(image.label for image in good)
+    counts = Counter(image.label for image in good if not image.official)
     lost = sorted({image.label for image in images if image.label} - set(counts))
     if lost or len(counts) < 2:
         also = f'; no image of {", ".join(lost)} can be read' if lost else ''
         raise SplitError(
             f'{src} must hold a folder of images for each of two or more classes; found {dict(counts)}{also}.')
+    if keep_test and not any(image.official for image in good):
+        raise SplitError(f'None of the images of the test set of {src} can be read.')
 
     pictures = group_images(good)
     if keep_test:
@@ -335,8 +337,8 @@ def _plain_name(name: str) -> str:
     stem = '_'.join(Path(name).with_suffix('').parts)
     stem = os.fsencode(stem).decode('utf-8', 'replace')
     stem = ''.join(unicodedata.normalize('NFKC', c) if c.isdigit() and not c.isdecimal() else c for c in stem)
-    stem = re.sub(r'[\\:*?"<>|\x00-\x1f\ufffd]', '_', stem).lstrip('.')
-    return stem.encode()[-150:].decode(errors='ignore') or '_'  # a file system counts bytes
+    stem = re.sub(r'[\\:*?"<>|\x00-\x1f\ufffd]', '_', stem)
+    return stem.encode()[-150:].decode(errors='ignore').lstrip('.') or '_'  # a file system counts bytes
 
 
 def _place(source: Path, target: Path, copy: bool) -> Tuple[Path, str]:

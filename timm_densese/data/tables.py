@@ -64,6 +64,11 @@ def read_table(table: Path) -> List[Dict[str, str]]:
     twice = [name for name, count in Counter(names).items() if name and count > 1]
     if twice:
         raise SplitError(f'{table} has two columns of the name {twice[0]}. Rename one.')
+    wide = next((row for row in rows if any(row[len(names):])), None)
+    if wide:  # whose cells may stand under names that are not theirs
+        raise SplitError(
+            f'{table} names {len(names)} columns, and a row has {len(wide)} cells: {delimiter.join(wide)[:100]}. Give '
+            f'every column a name, and quote what holds a {delimiter!r}.')
     return [dict(zip(names, [*row, *[''] * len(names)], strict=False)) for row in rows]
 
 

@@ -106,7 +106,9 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
     # Task and optimizer, in the order of timm's train.py.
     task = ClassificationTask(model, _create_loss(config, train_set, len(classes)), device=device, verbose=False)
     optimizer = create_optimizer(config, model)
-    start_epoch = resume_run(config, task, optimizer, classes, images) if config.resume else 0
+    began_with = {**made_of, 'eval_metric': config.eval_metric, 'input_size': list(data_config['input_size']),
+                  'validated_on': val_set.digest()}
+    start_epoch = resume_run(config, task, optimizer, classes, images, began_with) if config.resume else 0
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
         if config.resume:
@@ -125,7 +127,7 @@ def build_run(config: TrainConfig, device: torch.device, world: int, rank: int) 
             warmup_epochs=config.warmup_epochs, warmup_lr=config.warmup_lr, min_lr=config.min_lr, step_on_epochs=False,
             updates_per_epoch=_updates_per_epoch(config, train_loader))
     recorded = {
-        **asdict(config), **made_of, 'num_classes': len(classes), 'class_names': classes,
+        **asdict(config), **began_with, 'num_classes': len(classes), 'class_names': classes,
         'trained_on': _trained_on(config, images),
         **{k: list(v) if isinstance(v, tuple) else v for k, v in data_config.items()}}
     return Run(config, device, world, rank, classes, data_config, recorded, task, optimizer, scheduler, train_loader,

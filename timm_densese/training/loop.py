@@ -66,9 +66,11 @@ def _train(config: TrainConfig, device: torch.device, world: int, rank: int) -> 
         raise TrainingError(
             f'{config.output} holds a training already. Go on with --resume {last}, or choose another --output.')
     check_writable(Path(config.output), '--output')
-    # A training that was stopped before its first checkpoint has left its lock.
-    foreign = [name for name in WRITTEN if (Path(config.output) / name).exists()
-               and (name.endswith('.tar') or not (Path(config.output) / LOCK).exists())]
+    # A training that was stopped before its first checkpoint has left its lock, and no curves.
+    foreign = [name for name in WRITTEN if (Path(config.output) / name).exists()]
+    lines = (Path(config.output) / 'summary.csv').read_bytes().splitlines() if 'summary.csv' in foreign else []
+    if (Path(config.output) / LOCK).exists() and 'curves.png' not in foreign and len(lines) <= 2:
+        foreign = [name for name in foreign if name.endswith('.tar')]
     if foreign and not config.resume:
         raise TrainingError(f'{config.output} holds {", ".join(foreign)}, which would be written over. Choose another '
                             f'--output.')

@@ -162,6 +162,7 @@ def resume_run(
         optimizer: torch.optim.Optimizer,
         classes: List[str],
         images: str,
+        began_with: Dict[str, Any],
 ) -> int:
     """Load model and optimizer of a run, keeping this run's options of the optimizer.
 
@@ -171,12 +172,14 @@ def resume_run(
         optimizer: Gets the state.
         classes: Names of the classes now.
         images: Digest of the images now.
+        began_with: What the run records now of what is not to change in it.
 
     Returns:
         The next epoch.
 
     Raises:
-        OptionError: The file is none that a run in this folder can go on from, or the run began with other images.
+        OptionError: The file is none that a run in this folder can go on from, or the run began with other images or
+            another model.
     """
     given = f'--resume {config.resume}'
     anew = f'To start a new run from its weights, give --initial-checkpoint {config.resume} and a new --output.'
@@ -190,8 +193,15 @@ def resume_run(
         saved = load_checkpoint_metadata(config.resume)
         if 'optimizer' not in saved or 'epoch' not in saved:
             raise OptionError(f'{given} holds no state of the optimizer, so that no run can go on from it. {anew}')
-        _check_same_images(config, getattr(saved.get('args'), '__dict__', {}), classes, images, anew)
+        began = getattr(saved.get('args'), '__dict__', {})
+        _check_same_images(config, began, classes, images, anew)
         start_epoch = resume_task_checkpoint(task, config.resume, optimizer=optimizer, log_info=False) or 0
+        for key, now in began_with.items():
+            before = _plain(began.get(key, now))
+            if before != now:
+                raise OptionError(
+                    f'{given}: the run began with the {key.replace("_", " ")} {before}, and now it is {now}. Epochs '
+                    f'of both would be compared as if they were of one run. {anew}')
     except OptionError:
         raise
     except Exception as e:  # an unpickler's, a missing key, other shapes
