@@ -9,7 +9,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from conftest import SMALL, run_cli, run_training
+from conftest import SMALL, put_on_hub, run_cli, run_training
 from PIL import Image
 
 from timm_densese.checkpoints import load_model
@@ -381,3 +381,11 @@ def test_hash_is_of_the_weights(tmp_path):
     with torch.no_grad():
         first.model.bn1.running_mean[0] += 1e-6
     assert first.hash_weights() != second.hash_weights()
+
+
+def test_outputs_of_one_name_are_told_apart(hub):
+    """ImageNet has two cranes."""
+    put_on_hub(hub, 'timm/densenet121.ra_in1k', timm.create_model('densenet121'))
+    names = load_model('se_densenet121', 'cpu').label_names
+    assert (names[134], names[517]) == ('crane (134)', 'crane (517)')
+    assert len(set(names)) == 1000

@@ -94,6 +94,13 @@ def test_gates_of_another_net():
         'layer1.se': (2, 64), 'layer2.se': (2, 128), 'layer3.se': (2, 256), 'layer4.se': (2, 512)}
 
 
+@pytest.mark.parametrize('size', [(1, 1), (2, 1), (200, 1), (1, 3000)])
+def test_overlay_of_a_line(size):
+    config = {'input_size': (3, 96, 96), 'crop_pct': .875, 'crop_mode': 'center'}
+    drawn = overlay(Image.new('RGB', size), np.zeros((96, 96)), config)
+    assert drawn.width == 2 * max(1, round(size[0] * min(1, 1024 / max(size))))
+
+
 @pytest.mark.parametrize(('crop_mode', 'crop_pct'), [('center', 1.), ('center', .875), ('squash', .9), ('border', 1.)])
 @pytest.mark.parametrize('size', [(400, 300), (300, 400), (64, 64), (3000, 1000)])
 def test_overlay_lies_where_the_model_saw_it(size, crop_mode, crop_pct):
@@ -165,6 +172,13 @@ def test_explain_refuses(trained, hub, tmp_path):
     images = str(trained[0] / 'test' / 'spots')
     with pytest.raises(ImagesError, match='attention in other places'):
         explain(str(trained[1]), [images], tmp_path / 'out', before='se_densenet121')
+    args = torch.load(trained[1], weights_only=False)['args'].model_args
+    other = {**args, 'growth_rate': args['growth_rate'] + 4}
+    model = timm.create_model('se_densenet121', **other)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'other.pth')
+    other = load_model(str(tmp_path / 'other.pth'), architecture='se_densenet121', model_kwargs=other)
+    with pytest.raises(ImagesError, match='is another net than'):
+        explain(str(trained[1]), [images], tmp_path / 'out', before=other)
     (tmp_path / 'broken.png').write_bytes(b'')
     with pytest.raises(ImagesError, match='can be read'):
         explain(str(trained[1]), [str(tmp_path / 'broken.png')], tmp_path / 'out')

@@ -89,6 +89,14 @@ def test_replace_file_leaves_the_old_or_the_new(small_disk):
     assert (small_disk / 'a' / 'x.csv').read_text() == 'old'
 
 
+def test_replace_file_leaves_others(tmp_path):
+    (tmp_path / '.x.csv').write_text('mine')
+    replace_file(tmp_path / 'x.csv', 'new')
+    replace_file(tmp_path / f'{"x" * 251}.csv', 'new')
+    assert (tmp_path / '.x.csv').read_text() == 'mine'
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_predict_into_a_folder_is_refused_before_the_work(trained, tmp_path):
     (tmp_path / 'folder.csv').mkdir()
     result = run_cli('predict', trained[1], trained[0] / 'test', '--output', tmp_path / 'folder.csv')

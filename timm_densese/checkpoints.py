@@ -188,6 +188,8 @@ def _load_pretrained(of: str) -> Checkpoint:
     labels = list(net.pretrained_cfg.get('label_names') or [])
     if not labels and not source and net.num_classes == 1000:
         labels = list(ImageNetInfo('imagenet-1k').label_descriptions())
+    # ImageNet has two cranes, a bird and a machine.
+    labels = [f'{name} ({i})' if labels.count(name) > 1 else str(name) for i, name in enumerate(labels)]
     return Checkpoint(net, labels, resolve_input_data_config(net), {}, '')
 
 

@@ -8,6 +8,7 @@ Papers:
 import csv
 import json
 import math
+import os
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from .errors import CheckpointError, ImagesError
 from .figures import figure_style
 from .files import check_new_folder, new_folder
 from .models.attention import IdentityGate
-from .predict import load_batches
+from .predict import check_logits, load_batches
 from .report import Overlay, write_explanation
 
 __all__ = ['draw_gates', 'explain', 'grad_cam', 'overlay', 'read_gates']
@@ -96,8 +97,9 @@ def overlay(photo: Image.Image, cam: np.ndarray, data_config: Dict[str, Any]) ->
                          Image.Resampling.LANCZOS) if scale < 1 else photo
     pixels = np.asarray(small.convert('RGB'))
     # Of the map, what lies on the photo; of the photo, what the map covers.
-    x = slice(max(0, round(left * scale)), min(small.width, round(right * scale)))
-    y = slice(max(0, round(top * scale)), min(small.height, round(bottom * scale)))
+    x, y = (slice(first, max(first + 1, min(size, round(end * scale)))) for first, end, size in (
+        (min(max(0, round(left * scale)), small.width - 1), right, small.width),
+        (min(max(0, round(top * scale)), small.height - 1), bottom, small.height)))
     part = ((x.start / scale - left) / (right - left) * cam.shape[1], (y.start / scale - top) / (bottom - top) *
             cam.shape[0], (x.stop / scale - left) / (right - left) * cam.shape[1],
             (y.stop / scale - top) / (bottom - top) * cam.shape[0])
@@ -208,6 +210,9 @@ def explain(
     sites = list(getattr(loaded.model, 'attn_sites', {}))
     if earlier and list(getattr(earlier.model, 'attn_sites', {})) != sites:
         raise ImagesError(f'{before} has its attention in other places than {loaded.source}.')
+    if earlier and _of_another_kind(earlier, loaded):
+        raise ImagesError(f'{before} is another net than {loaded.source}, or takes other images: its gates cannot be '
+                          f'held against them. Give what the training began from.')
     names = loaded.class_names
 
     with new_folder(output) as work:
@@ -225,7 +230,8 @@ def explain(
                 continue
             batch = batch.to(loaded.device)
             with torch.inference_mode():
-                probabilities = loaded.model(batch).float().softmax(1)
+                logits = check_logits(loaded.model(batch).float(), loaded, [paths[place] for place in places])
+            probabilities = logits.softmax(1)
             called = probabilities.argmax(1).tolist()
             for place, prediction in zip(places, called, strict=True):
                 above = (names.index(folder.name) for folder in paths[place].parents if folder.name in names)
@@ -233,7 +239,8 @@ def explain(
             for cam, place, prediction, p, label in zip(
                     grad_cam(loaded.model, batch, called), places, called, probabilities, labels[-len(places):],
                     strict=True):
-                name = f'{place:05}-{paths[place].stem[:80]}-{_file_name(names[prediction])}.png'
+                stem = os.fsencode(paths[place].stem)[:120].decode('utf-8', 'ignore')  # a file system counts bytes
+                name = f'{place:05}-{stem}-{_file_name(names[prediction])}.png'
                 overlay(read_image(paths[place]), cam, loaded.data_config).save(work / 'cam' / name)
                 overlays.append(Overlay(names[label], names[prediction], p[prediction].item(), f'cam/{name}'))
             if sites:
@@ -262,6 +269,17 @@ def explain(
 def _append(gates: Dict[str, List[torch.Tensor]], loaded: Checkpoint, images: torch.Tensor) -> None:
     for site, values in read_gates(loaded.model, images).items():
         gates[site].append(values)
+
+
+def _of_another_kind(one: Checkpoint, other: Checkpoint) -> bool:
+    """Tell whether two nets differ by more than classes and values, or take images normalised in other ways."""
+    def kind(loaded: Checkpoint) -> Any:
+        head = loaded.model.pretrained_cfg.get('classifier') or ()
+        shapes = {name: tensor.shape for name, tensor in loaded.model.state_dict().items()
+                  if not name.startswith(head if isinstance(head, str) else tuple(head))}
+        return shapes, *(list(loaded.data_config[key]) for key in ('mean', 'std'))
+
+    return kind(one) != kind(other)
 
 
 def _file_name(label: str) -> str:

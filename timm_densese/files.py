@@ -96,7 +96,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 def replace_file(file: Path, content: Union[str, bytes]) -> None:
     """Write a file, in a folder that is made if need be; what is there under its name is replaced at the end."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f'.{file.name}')
+    partial = file.with_name(f'.{secrets.token_hex(8)}.partial')
     try:
         # Names of files that are not UTF-8 keep their bytes.
         partial.write_bytes(content if isinstance(content, bytes) else content.encode('utf-8', 'surrogateescape'))

@@ -98,6 +98,15 @@ def load_batches(
             progress.update(len(batch))
 
 
+def check_logits(logits: torch.Tensor, loaded: Checkpoint, paths: Sequence[Path]) -> torch.Tensor:
+    """Give the logits (N, num_classes) of N files back, or raise a CheckpointError where they are no numbers."""
+    if not logits.isfinite().all():
+        worst = paths[int((~logits.isfinite()).any(1).nonzero()[0])]
+        raise CheckpointError(f'{loaded.source or "The model"} gives no numbers for {worst} (NaN or infinite): it is '
+                              f'damaged, or its training diverged.')
+    return logits
+
+
 def compute_logits(
         loaded: Checkpoint,
         paths: Sequence[Path],
@@ -128,11 +137,7 @@ def compute_logits(
         if places:
             with torch.inference_mode():
                 logits = loaded.model(images.to(loaded.device)).float().cpu()
-            if not logits.isfinite().all():
-                worst = places[int((~logits.isfinite()).any(1).nonzero()[0])]
-                raise CheckpointError(f'{loaded.source or "The model"} gives no numbers for {paths[worst]} (NaN or '
-                                      f'infinite): it is damaged, or its training diverged.')
-            values.append(logits)
+            values.append(check_logits(logits, loaded, [paths[place] for place in places]))
             indices += places
     return Logits(torch.cat(values) if values else torch.empty(0, 0), indices, errors)
 

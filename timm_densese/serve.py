@@ -10,9 +10,9 @@ from PIL import Image
 
 from .checkpoints import Model, load_model, short_name
 from .data.images import read_image
-from .errors import UserError
+from .errors import CheckpointError, UserError
 from .explain import draw_gates, grad_cam, overlay, read_gates
-from .predict import create_image_transform
+from .predict import check_logits, create_image_transform
 from .report import FONTS, STYLE
 from .thresholds import name_call, read_calibration
 
@@ -64,7 +64,12 @@ def create_page(model: Model, calibration: Optional[Path] = None, device: str = 
         except Exception as e:  # PIL's decoders raise whatever they meet
             raise gr.Error(f'This file cannot be read as an image ({type(e).__name__}: {e}).') from e
         with torch.inference_mode():
-            probabilities = (net(image).double() / use.temperature).softmax(1)[0].tolist()
+            logits = net(image)
+        try:
+            check_logits(logits, loaded, [Path(file)])
+        except CheckpointError as e:
+            raise gr.Error(str(e)) from e
+        probabilities = (logits.double() / use.temperature).softmax(1)[0].tolist()
         cam = overlay(photo, grad_cam(net, image)[0], loaded.data_config)
         figure = None
         if has_gates:
