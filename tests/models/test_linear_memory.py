@@ -322,6 +322,12 @@ def test_features_may_change_without_autograd(placement):
     assert_same_step(step(linear, x), step(plain, x))
 
 
+def test_a_block_called_without_a_gradient():
+    block, x = aside().features.denseblock1, torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert relative_error(block.forward_memory_efficient(x), block(x)) < 1e-9
+
+
 def test_weights_after_a_block_must_not_change_before_backward():
     for model in pair(create(se_placement='stage')):
         loss = model(images()).square().sum()

@@ -340,6 +340,7 @@ def _apply(features: Features, layers: List[Any], x: torch.Tensor, tail: Any, po
             outputs.append(new_features)
     if tail is None:
         out = _Close.apply(token, torch.cat(outputs, 1), features)
-        out.grad_fn.version = out._version
+        if out.grad_fn:
+            out.grad_fn.version = out._version
         return out
     return _Tail.apply(token, features, tail, pool, tail.weight, tail.bias)
