@@ -115,9 +115,12 @@ def evaluate(
     if set(other_classes) != set(classes):
         raise ImagesError(f'{compare} has the classes {other_classes}, {loaded.source} has {classes}.')
     scored = run_split(loaded, data, split, classes, batch_size, workers)
-    warnings = _leaks(scored, data, loaded.recipe)
+    leaks = _leaks(scored, data, loaded.recipe)
+    warnings = [*leaks]
     if other:
-        warnings += [f'{short_name(compare)}: {warning}' for warning in _leaks(scored, data, other.recipe)]
+        if recorded_images(other.recipe) != recorded_images(loaded.recipe):  # to look for copies takes long
+            leaks = _leaks(scored, data, other.recipe)
+        warnings += [f'{short_name(compare)}: {warning}' for warning in leaks]
     for by, name in ((loaded, ''), (other, f'{short_name(compare)}: ')):
         if by and split in ('val', by.recipe.get('val_split')):
             warnings.append(f'{name}{split}/ chose the epoch of the training: its scores are no test.')

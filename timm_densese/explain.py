@@ -97,9 +97,8 @@ def overlay(photo: Image.Image, cam: np.ndarray, data_config: Dict[str, Any]) ->
                          Image.Resampling.LANCZOS) if scale < 1 else photo
     pixels = np.asarray(small.convert('RGB'))
     # Of the map, what lies on the photo; of the photo, what the map covers.
-    x, y = (slice(first, max(first + 1, min(size, round(end * scale)))) for first, end, size in (
-        (min(max(0, round(left * scale)), small.width - 1), right, small.width),
-        (min(max(0, round(top * scale)), small.height - 1), bottom, small.height)))
+    x = _pixels(left * scale, right * scale, small.width)
+    y = _pixels(top * scale, bottom * scale, small.height)
     part = ((x.start / scale - left) / (right - left) * cam.shape[1], (y.start / scale - top) / (bottom - top) *
             cam.shape[0], (x.stop / scale - left) / (right - left) * cam.shape[1],
             (y.stop / scale - top) / (bottom - top) * cam.shape[0])
@@ -269,6 +268,12 @@ def explain(
 def _append(gates: Dict[str, List[torch.Tensor]], loaded: Checkpoint, images: torch.Tensor) -> None:
     for site, values in read_gates(loaded.model, images).items():
         gates[site].append(values)
+
+
+def _pixels(start: float, stop: float, size: int) -> slice:
+    """Give the pixels between two places on a side of so many, one at least."""
+    first = min(max(0, round(start)), size - 1)
+    return slice(first, max(first + 1, min(size, round(stop))))
 
 
 def _of_another_kind(one: Checkpoint, other: Checkpoint) -> bool:

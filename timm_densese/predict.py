@@ -19,7 +19,8 @@ from .errors import CheckpointError, OptionError
 from .files import check_new_file, replace_file
 from .thresholds import Calibration, name_call, read_calibration
 
-__all__ = ['Logits', 'compute_logits', 'create_image_transform', 'load_batches', 'predict', 'predict_files']
+__all__ = [
+    'Logits', 'check_logits', 'compute_logits', 'create_image_transform', 'load_batches', 'predict', 'predict_files']
 
 _UNCALIBRATED = Calibration()
 

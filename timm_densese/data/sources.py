@@ -65,7 +65,7 @@ def find_source(src: Path, labels: Optional[Path] = None, keep_test: bool = Fals
         if labels is not None:
             images = _labelled(src, labels)
         elif keep_test:
-            images = _official(src)
+            images = _official(folder)
         else:
             _check_layout(folder)
             images = _of_classes(folder)
@@ -121,7 +121,8 @@ def _split_kind(name: str) -> str:
     return {'tr': 'train', 'va': 'val', 'de': 'val', 'te': 'test'}[match['kind'][:2].lower()] if match else ''
 
 
-def _official(src: Path) -> List[SplitImage]:
+def _official(parent: ImageFolder) -> List[SplitImage]:
+    src = parent.root
     folders = [p for p in sorted(src.iterdir()) if p.is_dir() and not is_hidden(p.name) and _split_kind(p.name)]
     kinds: Dict[str, List[str]] = {}
     for folder in folders:
@@ -129,11 +130,10 @@ def _official(src: Path) -> List[SplitImage]:
     if 'test' not in kinds or len(kinds) < 2:
         raise SplitError(f'--keep-test takes a folder with train/ and test/; {src} holds '
                          f'{", ".join(printable(p.name) for p in sorted(src.iterdir()))[:300]}.')
-    rest = [p for p in sorted(src.iterdir()) if p.is_dir() and not is_hidden(p.name) and p not in folders]
-    for folder in rest:
-        if folder.name in list_images(src).classes:
-            raise SplitError(f'{printable(folder)} holds images, and its name says neither train, val nor test. Rename '
-                             f'it, or take it away.')
+    for name in parent.classes:
+        if not _split_kind(name):
+            raise SplitError(f'{printable(src / name)} holds images, and its name says neither train, val nor test. '
+                             f'Rename it, or take it away.')
     if 'val' in kinds and 'train' in kinds:
         print(f'{", ".join(kinds["val"])} is put with {", ".join(kinds["train"])}: val is carved anew, by groups.')
     images = [image for folder in folders
